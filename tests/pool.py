@@ -1,8 +1,8 @@
-"""Persistent gloo ranks for tests: starting ranks costs seconds, a message to waiting ones milliseconds.
+"""Persistent gloo ranks for tests: starting costs seconds, a message to a waiting rank milliseconds.
 
-``RankPool.run(function, *args, ranks=4)`` calls ``function(rank, ranks, *args)`` in ``ranks`` waiting
-processes whose ``torch.distributed`` is initialised (gloo, world size ``ranks``) and returns the values in
-rank order. ``function`` must be importable: a module-level function of a test module.
+``RankPool.run(function, *args, ranks=4)`` calls ``function(rank, ranks, *args)`` in ``ranks``
+waiting processes whose ``torch.distributed`` is initialised (gloo, world size ``ranks``) and returns
+the values in rank order. ``function`` must be importable: a test module's module-level function.
 """
 
 import faulthandler
@@ -81,7 +81,7 @@ class RankPool:
     ) -> list[Any]:
         """Values of ``function(rank, ranks, *args)`` in rank order.
 
-        Raises the exception of the rank that failed first (its traceback is a note of the exception),
+        Raises a failing rank's own exception (its traceback is a note of the exception),
         :class:`RankDied`, or :class:`RankTimeout`. The pool is usable again afterwards.
         """
         outcomes = self._outcomes(function, args, ranks, timeout, grace=GRACE_SECONDS)
@@ -96,7 +96,7 @@ class RankPool:
     def outcomes(
         self, function: Callable[..., Any], *args: Any, ranks: int = 4, timeout: float = 60.0
     ) -> list[Outcome]:
-        """Like :meth:`run`, but failures are returned: for tests in which ranks are meant to fail."""
+        """Like :meth:`run`, but failures are returned: for tests whose ranks are meant to fail."""
         return self._outcomes(function, args, ranks, timeout, grace=timeout)
 
     def close(self) -> None:
@@ -129,10 +129,10 @@ class RankPool:
         return outcomes
 
     def _prepare(self, ranks: int) -> None:
-        """Start missing processes and make the process group; fresh processes if the old ones fail."""
+        """Start what is missing and make the process group; with fresh ranks if the old ones fail."""
         if self._joined == ranks:
             return
-        for attempt in ("reuse", "fresh"):
+        for _attempt in ("reuse", "fresh"):
             while len(self._members) < ranks:
                 self._members.append(_Member(self._context))
             self._joins += 1
@@ -148,7 +148,7 @@ class RankPool:
                     member.ready = True
                 return
             self._kill()
-        raise RuntimeError(f"{ranks} ranks could not be joined ({attempt}): {outcomes}")
+        raise RuntimeError(f"{ranks} ranks could not be joined: {outcomes}")
 
     def _kill(self) -> None:
         for member in self._members:
