@@ -1,0 +1,78 @@
+# make help prints the targets. Variables, all optional:
+#   PYTHON=python3.12    the interpreter that makes the environment (3.11 and 3.12 have pinned versions)
+#   VENV=.venv-3.12      where the environment lives
+#   PYTEST_ARGS='-k scan'   what else pytest is given by `make test` and `make test-quick`
+#   DEMO_ARGS='train.steps=50'   what else the demo's training is given
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+DEMO_DIR := outputs/demo
+QUICK_DISTRIBUTED ?= tests/distributed/test_scan.py
+
+BIN := $(VENV)/bin
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS := constraints/$(PYTHON_VERSION).txt
+STAMP := $(VENV)/.installed-$(PYTHON_VERSION)
+
+# Ranks share the machine's cores: one thread each unless the caller says otherwise.
+export OMP_NUM_THREADS ?= 1
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint format bench draw clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## .venv with everything pinned (does nothing when up to date)
+
+$(STAMP): pyproject.toml $(wildcard constraints/*.txt)
+	@test -n "$(PYTHON_VERSION)" || { echo "setup: '$(PYTHON)' does not run; choose another with PYTHON=..." >&2; exit 2; }
+	@test -f $(CONSTRAINTS) || { echo "setup: '$(PYTHON)' is Python $(PYTHON_VERSION); versions are pinned for $(patsubst constraints/%.txt,%,$(wildcard constraints/*.txt)): choose one with PYTHON=..." >&2; exit 2; }
+	@if test -x $(BIN)/python; then \
+	  has=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  test "$$has" = "$(PYTHON_VERSION)" || { echo "setup: $(VENV) holds Python $$has, '$(PYTHON)' is $(PYTHON_VERSION): choose another folder with VENV=..." >&2; exit 2; }; \
+	fi
+	@echo "== environment: $(VENV), Python $(PYTHON_VERSION), versions of $(CONSTRAINTS)"
+	@start=$$(date +%s); set -e; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,hf]'; \
+	touch $@; echo "   $$(( $$(date +%s) - start )) s"
+
+# Each step of the checks prints its name and its seconds.
+define step
+	@echo "== $(1)"; start=$$(date +%s); $(2); status=$$?; echo "   $$(( $$(date +%s) - start )) s"; exit $$status
+endef
+
+demo: setup ## from a fresh clone to a trained model: data, 2 ranks sharing every sequence, a loss plot
+	@rm -rf $(DEMO_DIR)
+	$(call step,demo: +model=tiny on the standard library with 2 ranks,$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py +model=tiny parallel.cp=2 logging.plot=true run.name=demo $(DEMO_ARGS))
+	@echo "== done. Everything is in $(DEMO_DIR)/: loss.png (the plot), metrics.jsonl (one line a step), config.yaml (the whole configuration), checkpoints/latest (the model)"
+
+test: lint ## the whole CPU suite: linter, types, import directions, every test
+	$(call step,tests,$(BIN)/python -m pytest $(PYTEST_ARGS))
+
+test-quick: setup ## unit tests and one distributed file (QUICK_DISTRIBUTED=...)
+	$(call step,unit tests and $(QUICK_DISTRIBUTED),$(BIN)/python -m pytest -m 'not slow' tests/unit $(QUICK_DISTRIBUTED) $(PYTEST_ARGS))
+
+lint: setup ## style, types and import directions, without the tests
+	$(call step,ruff check,$(BIN)/ruff check .)
+	$(call step,ruff format,$(BIN)/ruff format --check .)
+	$(call step,mypy,$(BIN)/mypy)
+	$(call step,import directions,$(BIN)/lint-imports --no-cache)
+
+format: setup ## rewrite the code in the house's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## the fast-weight layer against the materialising formulation and the plain MLP
+	$(BIN)/python tools/benchmark.py fast-weight-layer
+
+draw: setup ## the pictures of the documentation
+	$(BIN)/python tools/draw.py method docs/method.svg
+
+clean: ## caches and the demo's outputs; environments and other runs stay
+	rm -rf $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	find megatron_ttt launch tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,3 @@
+"""In-Place Test-Time Training at Megatron scale."""
+
+__version__ = "0.1.0"
