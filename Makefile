@@ -27,6 +27,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## .venv with everything pinned (does nothing when up to date)
+	@:
 
 $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	@test -n "$(PYTHON_VERSION)" || { echo "setup: '$(PYTHON)' does not run; choose another with PYTHON=..." >&2; exit 2; }
@@ -35,10 +36,10 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	  has=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 	  test "$$has" = "$(PYTHON_VERSION)" || { echo "setup: $(VENV) holds Python $$has, '$(PYTHON)' is $(PYTHON_VERSION): choose another folder with VENV=..." >&2; exit 2; }; \
 	fi
-	@echo "== environment: $(VENV), Python $(PYTHON_VERSION), versions of $(CONSTRAINTS)"
+	@echo "== environment: $(VENV), Python $(PYTHON_VERSION), versions of $(CONSTRAINTS) (a minute; longer where torch comes with CUDA)"
 	@start=$$(date +%s); set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,hf]'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,hf]'; \
 	touch $@; echo "   $$(( $$(date +%s) - start )) s"
 
 # Each step of the checks prints its name and its seconds.
