@@ -1,0 +1,27 @@
+"""Trains a model with fast weights.
+
+python launch/pretrain.py +model=tiny
+torchrun --nproc-per-node 8 launch/pretrain.py +model=qwen3_4b data.path=PREFIX parallel.cp=4
+python launch/pretrain.py +experiment=qwen3_4b_32k run.dry_run=true
+"""
+
+import sys
+
+from megatron_ttt.config.load import run_with_config
+from megatron_ttt.config.schema import Config
+
+
+def pretrain(config: Config) -> int:
+    """A training run, or with ``run.dry_run=true`` a description of it; the exit status."""
+    if config.run.dry_run:
+        from megatron_ttt.config.summary import print_summary
+
+        print_summary(config)
+        return 0
+    from megatron_ttt.training import loop  # torch and megatron-core: seconds
+
+    return loop.pretrain(config)
+
+
+if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file
+    sys.exit(run_with_config(pretrain, sys.argv[1:]))

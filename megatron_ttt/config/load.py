@@ -1,0 +1,213 @@
+"""From a command line to a checked :class:`Config`, and the wrapper of the programs that need one.
+
+Hydra composes ``configs/`` with the overrides; every mistake is reported as one line and exit
+status 2, before anything is written and before torch is imported.
+"""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.overrides import check_overrides, missing_model
+from megatron_ttt.config.run_directory import run_directory_faults
+from megatron_ttt.config.schema import AttentionBackend, Config, Precision
+from megatron_ttt.config.validate import validate
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+HYDRA_VERSION = "1.3"  # of Hydra's behaviour, not of the package
+# Hydra's flags that print something and compose no run.
+_INFORMING_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
+
+
+def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> Config:
+    """The composed configuration, complete and of the right types, not yet validated.
+
+    Args:
+        overrides: in Hydra's grammar, for example ``["+model=tiny", "train.steps=10"]``.
+        config_dir: folder of ``config.yaml`` and its groups.
+
+    Raises:
+        ConfigError: an unknown key, option or value, or no model; every one of them listed.
+    """
+    faults = check_overrides(overrides, config_dir)
+    if faults:
+        raise ConfigError(faults)
+    register_schema()
+    try:
+        with initialize_config_dir(str(config_dir.resolve()), version_base=HYDRA_VERSION):
+            composed = compose("config", overrides=list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([_hydra_fault(error, overrides)]) from error
+    return config_of(composed, config_dir=config_dir)
+
+
+def config_of(composed: DictConfig, *, config_dir: Path = CONFIG_DIR) -> Config:
+    """The dataclass of what Hydra composed.
+
+    Raises:
+        ConfigError: no model, a missing value, or an interpolation that cannot be resolved.
+    """
+    if OmegaConf.is_missing(composed.model, "name"):
+        raise ConfigError([missing_model(config_dir)])
+    try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError([Fault(key, "???", "must be given") for key in missing])
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError([_hydra_fault(error, [])]) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def register_schema() -> None:
+    """Makes the dataclasses known to Hydra under the name that ``config.yaml`` refers to."""
+    ConfigStore.instance().store(name="schema", node=Config)
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as text: what a run keeps in ``config.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
+
+
+def from_yaml(text: str) -> Config:
+    """The inverse of :func:`to_yaml`.
+
+    Raises:
+        ConfigError: the text does not fit the schema.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    except OmegaConfBaseException as error:
+        raise ConfigError([_hydra_fault(error, [])]) from error
+    assert isinstance(merged, DictConfig)
+    return config_of(merged)
+
+
+def check(config: Config, *, world_size: int) -> None:
+    """All checks that a composed configuration has to pass on this machine.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    cuda = _cuda_matters(config) and _cuda_present()
+    faults = validate(
+        config,
+        world_size,
+        cuda=cuda,
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    )
+    if not config.run.dry_run:
+        faults += run_directory_faults(config)
+    if faults:
+        raise ConfigError(faults)
+
+
+def run_with_config(
+    main: Callable[[Config], int | None],
+    argv: Sequence[str],
+    *,
+    config_dir: Path = CONFIG_DIR,
+) -> int:
+    """Runs ``main`` with the checked configuration that ``argv`` describes.
+
+    Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
+    ``--multirun`` sweeps. The environment variables that ``torchrun`` sets are read here only.
+
+    Args:
+        main: the program; ``None`` counts as success.
+        argv: the arguments without the program's name.
+        config_dir: folder of ``config.yaml`` and its groups.
+
+    Returns:
+        The exit status: that of ``main``; 2 for a mistake of the user, which rank 0 has
+        printed to stderr, one line per fault.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    try:
+        if any(word.startswith("-") for word in argv):
+            return _run_with_flags(main, argv, config_dir=config_dir, world_size=world_size)
+        config = load_config(argv, config_dir=config_dir)
+        check(config, world_size=world_size)
+        return main(config) or 0
+    except ConfigError as error:
+        if speaks:
+            print(error, file=sys.stderr)
+        return 2
+
+
+def _run_with_flags(
+    main: Callable[[Config], int | None],
+    argv: Sequence[str],
+    *,
+    config_dir: Path,
+    world_size: int,
+) -> int:
+    """Hands the command line to Hydra itself, after our own look at its overrides."""
+    if not any(flag in argv for flag in _INFORMING_FLAGS):
+        words = [word for word in argv if "=" in word or word.startswith("~")]
+        if "--multirun" not in argv and "-m" not in argv:
+            load_config(words, config_dir=config_dir)
+        elif faults := check_overrides(words, config_dir, sweep=True):
+            raise ConfigError(faults)
+    statuses: list[int] = []
+    faults_of_jobs: list[Fault] = []
+
+    def task(composed: DictConfig) -> None:
+        try:
+            config = config_of(composed, config_dir=config_dir)
+            check(config, world_size=world_size)
+            statuses.append(main(config) or 0)
+        except ConfigError as error:  # Hydra would print a traceback
+            faults_of_jobs.extend(error.faults)
+
+    register_schema()
+    run = hydra.main(
+        version_base=HYDRA_VERSION, config_path=str(config_dir.resolve()), config_name="config"
+    )(task)
+    previous = sys.argv
+    sys.argv = [previous[0], *argv]  # the only place where Hydra looks
+    try:
+        run()
+    finally:
+        sys.argv = previous
+    if faults_of_jobs:
+        raise ConfigError(faults_of_jobs)
+    return max(statuses, default=0)
+
+
+def _hydra_fault(error: Exception, overrides: Sequence[str]) -> Fault:
+    """A mistake that only the composition shows, in one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip().splitlines()
+    key = getattr(cause, "full_key", None) or "configuration"
+    value: Any = " ".join(overrides) if key == "configuration" else ""
+    return Fault(str(key), value, text[0] if text else type(cause).__name__)
+
+
+def _cuda_matters(config: Config) -> bool:
+    """Whether a check depends on a GPU; if not, torch (seconds) need not be imported for it."""
+    return (
+        config.model.attention is AttentionBackend.transformer_engine
+        or config.train.precision is Precision.bf16
+    )
+
+
+def _cuda_present() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,182 @@
+"""Checks the words of a command line one by one, before Hydra composes them.
+
+Hydra stops at the first mistake and names its own internals. Here every override is held against
+the schema and the files of ``configs/``, so that each mistake becomes a :class:`Fault` that names
+the key, the value and what would be valid.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from megatron_ttt.config.faults import Fault, suggest
+from megatron_ttt.config.schema import Config
+
+
+def group_options(config_dir: Path) -> dict[str, list[str]]:
+    """The groups of a configuration folder with the names of their files, both sorted."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(config_dir.iterdir())
+        if folder.is_dir()
+    }
+
+
+def check_overrides(words: Sequence[str], config_dir: Path, *, sweep: bool = False) -> list[Fault]:
+    """Faults of the command line's overrides, in its order.
+
+    Args:
+        words: ``key=value``, ``+group=option`` and so on, as typed.
+        config_dir: the folder of ``config.yaml`` and its groups.
+        sweep: several values per key (``key=1,2``) are wanted.
+    """
+    groups = group_options(config_dir)
+    parser = OverridesParser.create()
+    overrides, faults = [], []
+    for word in words:
+        try:
+            overrides.append(parser.parse_override(word))
+        except HydraException:
+            key, _, value = word.partition("=")
+            faults.append(
+                Fault(
+                    key,
+                    value,
+                    "cannot be read; write key=value, strings with odd"
+                    " characters in quotes: 'key=\"a b\"'",
+                )
+            )
+    chosen = {override.key_or_group for override in overrides}
+    for override in overrides:
+        if override.is_sweep_override() and not sweep:
+            text = str(override.get_value_string())
+            faults.append(
+                Fault(
+                    override.key_or_group,
+                    text,
+                    f"one value is wanted; a list is written [{text}], a sweep needs --multirun",
+                )
+            )
+        elif override.key_or_group in groups:
+            faults += _group_faults(override, groups, chosen)
+        elif not override.is_sweep_override() and not override.key_or_group.startswith("hydra"):
+            faults += _key_faults(override, groups)
+    return faults
+
+
+def missing_model(config_dir: Path) -> Fault:
+    """The fault of a command line that chooses neither a model nor an experiment."""
+    groups = group_options(config_dir)
+    return Fault(
+        "model",
+        "???",
+        f"choose a model with +model=NAME: {', '.join(groups.get('model', []))};"
+        f" or a recipe with +experiment=NAME: {', '.join(groups.get('experiment', []))}",
+    )
+
+
+def _group_faults(
+    override: Override, groups: dict[str, list[str]], chosen: set[str]
+) -> list[Fault]:
+    group, options = override.key_or_group, groups[override.key_or_group]
+    if override.is_delete():
+        return []
+    names = override.value()
+    for name in names if isinstance(names, list) else [names]:
+        if str(name) not in options:
+            known = f"{suggest(str(name), options)}choose one of {', '.join(options)}"
+            return [Fault(group, name, f"no such {group}; {known}")]
+    if group == "model" and "experiment" in chosen and override.is_add():
+        return [
+            Fault(
+                "+model",
+                names,
+                f"the experiment chooses its model; write model={names} to replace it",
+            )
+        ]
+    if group in ("model", "experiment") and not override.is_add() and "experiment" not in chosen:
+        return [Fault(group, names, f"write +{group}={names}")]
+    if group not in ("model", "experiment") and override.is_add():
+        return [Fault(f"+{group}", names, f"has a default already; write {group}={names}")]
+    return []
+
+
+def _key_faults(override: Override, groups: dict[str, list[str]]) -> list[Fault]:
+    """Whether the key exists in the schema and its type takes the value."""
+    key = override.key_or_group
+    annotation: Any = Config
+    known: list[str] = []
+    prefix = ""
+    for part in key.split("."):
+        inner = _strip_optional(annotation)
+        fields = typing.get_type_hints(inner) if dataclasses.is_dataclass(inner) else {}
+        if part not in fields:
+            if annotation is Any:  # data.path takes whatever structure it is given
+                return []
+            value = "" if override.is_delete() else override.get_value_string()
+            return [Fault(key, value, _unknown_key(part, prefix, list(fields) or known, groups))]
+        known = list(fields)
+        annotation = fields[part]
+        prefix = f"{prefix}{part}."
+    if override.is_delete():
+        return [Fault(f"~{key}", "", "keys cannot be removed; set it to a value, or to null")]
+    if override.is_add() and not override.is_force_add():
+        value = override.get_value_string()
+        return [Fault(f"+{key}", value, f"the key exists; write {key}={value}")]
+    return _value_faults(override, annotation)
+
+
+def _unknown_key(part: str, prefix: str, known: list[str], groups: dict[str, list[str]]) -> str:
+    names = known if prefix else sorted({*known, *groups})
+    where = f"{prefix[:-1]} has " if prefix else "there are "
+    return f"no such key; {suggest(part, names)}{where}{', '.join(names)}"
+
+
+def _value_faults(override: Override, annotation: Any) -> list[Fault]:
+    key, value = override.key_or_group, override.value()
+    if isinstance(value, str) and "${" in value:
+        return []  # an interpolation: resolved, and checked, with the whole
+    try:
+        OmegaConf.update(OmegaConf.structured(Config), key, value, merge=True)
+    except OmegaConfBaseException:
+        message = f"must be {_expected(annotation)}"
+        inner = _strip_optional(annotation)
+        if isinstance(inner, type) and issubclass(inner, Enum):
+            message = suggest(str(value), inner.__members__) + message
+        return [Fault(key, override.get_value_string(), message)]
+    return []
+
+
+def _strip_optional(annotation: Any) -> Any:
+    """``X`` of ``X | None``, else the annotation itself."""
+    if isinstance(annotation, types.UnionType):
+        return next(arm for arm in typing.get_args(annotation) if arm is not types.NoneType)
+    return annotation
+
+
+def _expected(annotation: Any) -> str:
+    """A type in words."""
+    inner = _strip_optional(annotation)
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    if isinstance(inner, type) and issubclass(inner, Enum):
+        text = f"one of {', '.join(inner.__members__)}"
+    elif inner in words:
+        text = words[inner]
+    elif typing.get_origin(inner) is list:
+        (item,) = typing.get_args(inner)
+        text = {int: "a list of integers", str: "a list of texts"}.get(item, "a list")
+    elif dataclasses.is_dataclass(inner):
+        text = f"keys among {', '.join(typing.get_type_hints(inner))}"
+    else:
+        text = str(inner)
+    return text if inner is annotation else f"{text}, or null"

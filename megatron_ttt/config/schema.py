@@ -1,0 +1,291 @@
+"""The whole configuration as dataclasses: one owner for every key, its type and its default.
+
+Hydra composes ``configs/`` into a :class:`Config`; ``validate.py`` checks what types cannot say.
+``MISSING`` marks what a model file must fill. Nothing here imports torch.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Family(Enum):
+    """Which Hugging Face architecture a model mirrors (conversion and checks depend on it)."""
+
+    qwen3 = "qwen3"
+    llama = "llama"
+
+
+class RopeScaling(Enum):
+    none = "none"
+    llama3 = "llama3"
+    yarn = "yarn"
+
+
+class AttentionBackend(Enum):
+    """``auto`` takes Transformer Engine when it is installed and a GPU is present, else torch."""
+
+    auto = "auto"
+    torch = "torch"
+    transformer_engine = "transformer_engine"
+
+
+class TTTMode(Enum):
+    in_place = "in_place"
+    off = "off"
+
+
+class TargetSource(Enum):
+    """Where the target generator reads: the MLP's normalised input, or the input embeddings."""
+
+    hidden_states = "hidden_states"
+    input_embeddings = "input_embeddings"
+
+
+class Normalize(Enum):
+    """``none``: raw sums, as published. ``key_energy``: eta becomes dimensionless."""
+
+    none = "none"
+    key_energy = "key_energy"
+
+
+class ClipMode(Enum):
+    off = "off"
+    relative = "relative"
+    absolute = "absolute"
+
+
+class CPOrder(Enum):
+    zigzag = "zigzag"
+    contiguous = "contiguous"
+
+
+class ScanAlgorithm(Enum):
+    auto = "auto"
+    all_gather = "all_gather"
+    all_to_all = "all_to_all"
+    doubling = "doubling"
+    ring = "ring"
+
+
+class Precision(Enum):
+    """``auto``: bf16 with fp32 master weights on a GPU, fp32 on CPU."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class CommPrecision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Recompute(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class Schedule(Enum):
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Toggle(Enum):
+    """A switch that may follow from the rest of the configuration."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class TokenizerKind(Enum):
+    bytes = "bytes"
+    huggingface = "huggingface"
+
+
+class DataSource(Enum):
+    """``files``: the prefixes in ``data.path``. ``python_stdlib``: a corpus built on first use."""
+
+    files = "files"
+    python_stdlib = "python_stdlib"
+
+
+class WandbMode(Enum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class RopeConfig:
+    base: float = 10000.0
+    scaling: RopeScaling = RopeScaling.none
+    factor: float = 1.0
+    original_max_positions: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass
+class ModelConfig:
+    """Architecture of the pretrained decoder, in Hugging Face's terms."""
+
+    name: str = MISSING
+    family: Family = MISSING
+    layers: int = MISSING
+    hidden_size: int = MISSING
+    ffn_hidden_size: int = MISSING
+    heads: int = MISSING
+    kv_groups: int = MISSING
+    head_dim: int = MISSING
+    vocab_size: int = MISSING
+    max_positions: int = MISSING
+    norm_epsilon: float = 1e-6
+    qk_norm: bool = False
+    attention_bias: bool = False
+    tied_embeddings: bool = False
+    sliding_window: int | None = None  # tokens a query sees, itself included; null: all before it
+    initializer_range: float = 0.02
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    attention: AttentionBackend = AttentionBackend.auto
+
+
+@dataclass
+class ClipConfig:
+    """Bound of one chunk summary: ``bound * norm(W0)`` (relative) or ``bound`` (absolute)."""
+
+    mode: ClipMode = ClipMode.off
+    bound: float = 0.1
+
+
+@dataclass
+class TTTConfig:
+    mode: TTTMode = TTTMode.in_place
+    layers: list[int] | None = None  # null: every sixth, range(0, model.layers, 6); from 0
+    chunk_size: int = 1024
+    eta: float = 0.3
+    normalize: Normalize = Normalize.none
+    target: TargetSource = TargetSource.hidden_states
+    conv: bool = True
+    proj: bool = True
+    decay: float = 1.0  # gamma, per chunk; 1 keeps everything
+    clip: ClipConfig = field(default_factory=ClipConfig)
+
+
+@dataclass
+class TokenizerConfig:
+    kind: TokenizerKind = TokenizerKind.huggingface
+    name: str | None = None  # folder or hub name, for kind=huggingface
+
+
+@dataclass
+class DataConfig:
+    source: DataSource = DataSource.files
+    path: Any = None  # prefix, list of prefixes, or {prefix: weight} of .bin/.idx pairs
+    split: str = "99,1,0"  # train, validation, test shares of the documents
+    cache_dir: str | None = None  # built indices and generated corpora; null: outputs/cache
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    reset_attention: bool = True  # attention does not cross document boundaries
+    reset_positions: bool = False  # positions restart at each document
+    reset_fast_weights: bool = True  # fast weights return to W0 at each document
+    mask_document_end: bool = False  # do not count the loss of predicting across a boundary
+    workers: int = 2
+
+
+@dataclass
+class ParallelConfig:
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    sequence_parallel: Toggle = Toggle.auto  # auto: on when tp > 1
+    cp_order: CPOrder = CPOrder.zigzag
+    scan: ScanAlgorithm = ScanAlgorithm.auto
+    scan_precision: CommPrecision = CommPrecision.fp32
+    scan_constants: str | None = None  # file of measured alpha and beta, for scan=auto
+    cp_comm_type: str = "p2p"  # Transformer Engine's own context parallelism
+    distributed_optimizer: bool = True
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    timeout_s: int = 1800
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = 5e-6
+    min_lr: float = 0.0
+    schedule: Schedule = Schedule.cosine
+    warmup_steps: int | None = None  # null: warmup_fraction of train.steps
+    warmup_fraction: float = 0.02
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    seed: int = 1234
+    seq_length: int = 4096
+    micro_batch_size: int = 1
+    global_batch_size: int = 8
+    precision: Precision = Precision.auto
+    recompute: Recompute = Recompute.none
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int | None = 500  # steps between checkpoints; null: only at the end
+    load: str | None = None  # start from these weights (a checkpoint folder), fresh optimizer
+    keep_last: int | None = None
+    keep_every: int | None = None
+    async_save: bool = False
+
+
+@dataclass
+class ValidationConfig:
+    interval: int | None = None  # steps between validations; null: none
+    batches: int = 8  # global batches per validation
+
+
+@dataclass
+class LoggingConfig:
+    interval: int = 1  # steps between rows of the terminal and of metrics.jsonl
+    tensorboard: bool = False
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "megatron_ttt"
+    wandb_entity: str | None = None
+    plot: bool = False  # draw loss.png at the end
+    peak_tflops_per_device: float | None = None  # for MFU; null: not reported
+
+
+@dataclass
+class RunConfig:
+    name: str = "${model.name}"
+    dir: str = "outputs/${run.name}"
+    resume: str = "auto"  # never | auto | path of a checkpoint folder
+    deterministic: bool = False
+    dry_run: bool = False  # print what would be built, build nothing
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    ttt: TTTConfig = field(default_factory=TTTConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
