@@ -1,0 +1,167 @@
+"""The project as a whole: what its pages claim, what its files say, what its pins promise."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = {".md", ".py", ".toml", ".txt", ".yaml", ".yml", ".sh", ".sbatch", ".svg", ".cfg", ""}
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+TREE_LINE = re.compile(r"^ {4}( *)([\w.-]+/?)(?:\s{2,}(.*))?$")
+
+
+def tracked(*suffixes: str) -> list[Path]:
+    """Files of the working tree that git knows or would take, of the given suffixes."""
+    listing = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    paths = [ROOT / name for name in listing]
+    return [path for path in paths if path.is_file() and path.suffix in (suffixes or TEXT)]
+
+
+def tree_of(page: str) -> Iterator[tuple[Path, str]]:
+    """Paths that the file tree under "The house" names, with their comments."""
+    section = page.split("## The house", 1)[1].split("\n## ", 1)[0]
+    parents: list[tuple[int, Path]] = []
+    for line in section.splitlines():
+        match = TREE_LINE.match(line)
+        if match is None:
+            continue
+        depth, name, comment = len(match[1]), match[2], match[3] or ""
+        parents = [(level, path) for level, path in parents if level < depth]
+        path = (parents[-1][1] if parents else ROOT) / name
+        parents.append((depth, path))
+        yield path, comment
+
+
+def test_readme_tour_names_existing_paths() -> None:
+    tour = list(tree_of((ROOT / "README.md").read_text()))
+    assert len(tour) > 20
+    missing = [str(path.relative_to(ROOT)) for path, _ in tour if not path.exists()]
+    assert missing == []
+
+
+def test_readme_tour_shows_every_folder_of_the_package() -> None:
+    shown = {path for path, _ in tree_of((ROOT / "README.md").read_text())}
+    packages = {path.parent for path in (ROOT / "megatron_ttt").glob("*/__init__.py")}
+    assert packages - shown == set()
+
+
+@pytest.mark.parametrize("page", tracked(".md"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_of_pages_resolve(page: Path) -> None:
+    targets = [link.split("#")[0] for link in LINK.findall(page.read_text())]
+    local = [target for target in targets if target and "://" not in target]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = ROOT / "docs" / "README.md"
+    listed = {(index.parent / link).resolve() for link in LINK.findall(index.read_text())}
+    pages = {path for path in tracked(".md") if path.parent == index.parent} - {index}
+    assert pages - listed == set()
+
+
+def test_commands_of_the_readme_name_existing_programs() -> None:
+    pages = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
+    programs = set(re.findall(r"\b(?:launch|tools)/[\w/]+\.(?:py|sbatch)", pages))
+    assert {"launch/pretrain.py", "tools/preprocess_data.py"} <= programs
+    assert sorted(name for name in programs if not (ROOT / name).is_file()) == []
+    targets = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", pages, re.MULTILINE))
+    declared = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"setup", "demo", "test"} <= targets
+    assert targets - declared == set()
+
+
+def test_no_file_names_a_package_host() -> None:
+    # spelled in pieces: this file is searched too
+    hosts = [
+        "pypi" + ".org",
+        "python" + "hosted.org",
+        "download." + "pytorch.org",
+        "pypi." + "nvidia",
+    ]
+    hosts += ["extra-index" + "-url", "index" + "-url", "find" + "-links"]
+    found = {
+        f"{path.relative_to(ROOT)}: {host}"
+        for path in tracked()
+        for host in hosts
+        if host in path.read_text(encoding="utf-8", errors="replace")
+    }
+    assert found == set()
+
+
+def test_sources_parse() -> None:
+    for path in tracked(".py"):
+        ast.parse(path.read_text(), filename=str(path))
+    for path in tracked(".yaml", ".yml"):
+        yaml.safe_load(path.read_text())
+    for path in tracked(".toml"):
+        tomllib.loads(path.read_text())
+
+
+def test_shell_scripts_parse() -> None:
+    scripts = [ROOT / ".ci" / "run", *tracked(".sh", ".sbatch")]
+    for script in scripts:
+        result = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+
+
+def test_ci_script_is_executable() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports, wherever the import stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def test_fast_weights_need_torch_alone() -> None:
+    """The import linter sees torch only as a whole; process groups are the part that is barred."""
+    allowed = set(sys.stdlib_module_names) | {"torch", "megatron_ttt"}
+    for path in (ROOT / "megatron_ttt" / "fast_weights").rglob("*.py"):
+        names = imported(path)
+        foreign = {name.split(".")[0] for name in names} - allowed - {"triton"}
+        assert foreign == set(), path
+        assert not any(name.startswith("torch.distributed") for name in names), path
+
+
+def test_picture_is_what_the_program_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "method.svg"
+    command = [sys.executable, str(ROOT / "tools" / "draw.py"), "method", str(picture)]
+    subprocess.run(command, check=True)
+    assert picture.read_bytes() == (ROOT / "docs" / "method.svg").read_bytes()
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12"])
+def test_pins_satisfy_the_project(version: str) -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "constraints" / f"{version}.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    canonical = {re.sub(r"[-_.]+", "-", name).lower(): pin for name, pin in pins.items()}
+    wanted = [*project["dependencies"]]
+    wanted += [line for extra in ("dev", "hf") for line in project["optional-dependencies"][extra]]
+    for line in wanted:
+        requirement = Requirement(line)
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        assert name in canonical, f"{line} is not pinned for Python {version}"
+        assert requirement.specifier.contains(canonical[name]), f"{line}: pinned {canonical[name]}"
+    assert not any("+" in pin for pin in pins.values())
