@@ -1,8 +1,8 @@
-"""Persistent gloo ranks for tests: starting costs seconds, a message to a waiting rank milliseconds.
+"""Persistent gloo ranks for tests: starting costs seconds, a message to a waiting rank costs 5 ms.
 
 ``RankPool.run(function, *args, ranks=4)`` calls ``function(rank, ranks, *args)`` in ``ranks``
-waiting processes whose ``torch.distributed`` is initialised (gloo, world size ``ranks``) and returns
-the values in rank order. ``function`` must be importable: a test module's module-level function.
+waiting processes whose ``torch.distributed`` is initialised (gloo, world size ``ranks``) and
+returns the values in rank order. ``function`` must be importable: a module-level function.
 """
 
 import faulthandler
@@ -129,7 +129,7 @@ class RankPool:
         return outcomes
 
     def _prepare(self, ranks: int) -> None:
-        """Start what is missing and make the process group; with fresh ranks if the old ones fail."""
+        """Start missing ranks and make the process group; with fresh ranks if the old ones fail."""
         if self._joined == ranks:
             return
         for _attempt in ("reuse", "fresh"):
