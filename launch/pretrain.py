@@ -12,15 +12,11 @@ from megatron_ttt.config.schema import Config
 
 
 def pretrain(config: Config) -> int:
-    """A training run, or with ``run.dry_run=true`` a description of it; the exit status."""
-    if config.run.dry_run:
-        from megatron_ttt.config.summary import print_summary
+    """The training run; its exit status."""
+    # torch and megatron-core take seconds to import: a mistake is reported before that
+    from megatron_ttt.training.loop import pretrain as run
 
-        print_summary(config)
-        return 0
-    from megatron_ttt.training import loop  # torch and megatron-core: seconds
-
-    return loop.pretrain(config)
+    return run(config)
 
 
 if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file

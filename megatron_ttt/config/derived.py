@@ -119,6 +119,12 @@ def transformer_engine_limit(config: Config) -> str | None:
         return "its context parallelism knows only parallel.cp_order=zigzag"
     if config.model.sliding_window is not None and config.parallel.cp_comm_type != "a2a":
         return "with a sliding window its context parallelism needs parallel.cp_comm_type=a2a"
+    groups = config.model.kv_groups // config.parallel.tp
+    if config.parallel.cp_comm_type == "a2a" and groups % config.parallel.cp:
+        return (
+            f"parallel.cp_comm_type=a2a deals {groups} kv groups (per tp rank) to"
+            f" parallel.cp={config.parallel.cp} ranks"
+        )
     return None
 
 

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.overrides import check_overrides, missing_model
 from megatron_ttt.config.run_directory import run_directory_faults
@@ -98,20 +99,27 @@ def from_yaml(text: str) -> Config:
 def check(config: Config, *, world_size: int) -> None:
     """All checks that a composed configuration has to pass on this machine.
 
+    A dry run plans for another machine: neither devices nor folders of this one count.
+
     Raises:
         ConfigError: with every fault.
     """
-    cuda = _cuda_matters(config) and _cuda_present()
-    faults = validate(
-        config,
-        world_size,
-        cuda=cuda,
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
-    )
-    if not config.run.dry_run:
+    if config.run.dry_run:
+        faults = validate(config, world_size, cuda=True, transformer_engine=True)
+    else:
+        cuda = _cuda_matters(config) and _cuda_present()
+        installed = importlib.util.find_spec("transformer_engine") is not None
+        faults = validate(config, world_size, cuda=cuda, transformer_engine=installed)
         faults += run_directory_faults(config)
     if faults:
         raise ConfigError(faults)
+
+
+def describe(config: Config, *, world_size: int) -> str:
+    """The dry run's text: the resolved configuration and what it amounts to."""
+    from megatron_ttt.config.summary import summarize
+
+    return f"{to_yaml(config)}\n{summarize(config, world_size)}"
 
 
 def run_with_config(
@@ -123,7 +131,8 @@ def run_with_config(
     """Runs ``main`` with the checked configuration that ``argv`` describes.
 
     Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
-    ``--multirun`` sweeps. The environment variables that ``torchrun`` sets are read here only.
+    ``--multirun`` sweeps; ``run.dry_run=true`` prints what would be built instead of running
+    ``main``. The environment variables that ``torchrun`` sets are read here only.
 
     Args:
         main: the program; ``None`` counts as success.
@@ -134,14 +143,24 @@ def run_with_config(
         The exit status: that of ``main``; 2 for a mistake of the user, which rank 0 has
         printed to stderr, one line per fault.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = os.environ.get("WORLD_SIZE")
     speaks = int(os.environ.get("RANK", "0")) == 0
+
+    def start(config: Config) -> int:
+        # a dry run without torchrun shows the smallest run: one copy of the model
+        alone = model_parallel_size(config.parallel) if config.run.dry_run else 1
+        world_size = alone if ranks is None else int(ranks)
+        check(config, world_size=world_size)
+        if config.run.dry_run:
+            if speaks:
+                print(describe(config, world_size=world_size))
+            return 0
+        return main(config) or 0
+
     try:
         if any(word.startswith("-") for word in argv):
-            return _run_with_flags(main, argv, config_dir=config_dir, world_size=world_size)
-        config = load_config(argv, config_dir=config_dir)
-        check(config, world_size=world_size)
-        return main(config) or 0
+            return _run_with_flags(start, argv, config_dir=config_dir)
+        return start(load_config(argv, config_dir=config_dir))
     except ConfigError as error:
         if speaks:
             print(error, file=sys.stderr)
@@ -149,11 +168,7 @@ def run_with_config(
 
 
 def _run_with_flags(
-    main: Callable[[Config], int | None],
-    argv: Sequence[str],
-    *,
-    config_dir: Path,
-    world_size: int,
+    start: Callable[[Config], int], argv: Sequence[str], *, config_dir: Path
 ) -> int:
     """Hands the command line to Hydra itself, after our own look at its overrides."""
     if not any(flag in argv for flag in _INFORMING_FLAGS):
@@ -167,9 +182,7 @@ def _run_with_flags(
 
     def task(composed: DictConfig) -> None:
         try:
-            config = config_of(composed, config_dir=config_dir)
-            check(config, world_size=world_size)
-            statuses.append(main(config) or 0)
+            statuses.append(start(config_of(composed, config_dir=config_dir)))
         except ConfigError as error:  # Hydra would print a traceback
             faults_of_jobs.extend(error.faults)
 

@@ -20,13 +20,12 @@ from megatron_ttt.config.schema import (
     TargetSource,
     TokenizerKind,
 )
+from megatron_ttt.parallel.layout import nearest_valid_lengths
 
 # Submodules that both megatron-core lines can recompute in a dense model without latent attention.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
-CP_COMM_TYPES = ("p2p", "a2a", "all_gather", "a2a+p2p")
+CP_COMM_TYPES = ("p2p", "a2a", "all_gather")
 BYTE_TOKENS = 258  # 256 bytes, end of document, padding
-# megatron-core's implementation of LLaMA-3's RoPE scaling has these three built in.
-LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positions": 8192}
 
 
 def validate(
@@ -106,11 +105,12 @@ def _model_faults(config: Config) -> Iterator[Fault]:
     if rope.scaling is not RopeScaling.none:
         yield from _below("model.rope.factor", rope.factor, 1)
         yield from _below("model.rope.original_max_positions", rope.original_max_positions, 1)
-    if rope.scaling is RopeScaling.llama3:
-        for key, fixed in LLAMA3_SCALING.items():
-            if getattr(rope, key) != fixed:
-                message = f"llama3 scaling is implemented for {fixed:g} only"
-                yield Fault(f"model.rope.{key}", getattr(rope, key), message)
+    if rope.scaling is RopeScaling.llama3 and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+        yield Fault(
+            "model.rope.low_freq_factor",
+            rope.low_freq_factor,
+            f"must lie in (0, high_freq_factor={rope.high_freq_factor:g})",
+        )
     if rope.scaling is RopeScaling.yarn and not 0 < rope.beta_slow < rope.beta_fast:
         yield Fault(
             "model.rope.beta_slow", rope.beta_slow, f"must lie in (0, beta_fast={rope.beta_fast:g})"
@@ -193,8 +193,6 @@ def _sequence_faults(config: Config) -> Iterator[Fault]:
     tile = derived.cp_tile(config)
     if length % tile == 0:
         return
-    below, above = length // tile * tile, -(-length // tile) * tile
-    nearest = f"{below} or {above}" if below else f"{above}"
     parts = [f"parallel.cp={parallel.cp} ({parallel.cp_order.name})"]
     if derived.ttt_layers(config) and parallel.cp > 1:
         parts.append(f"ttt.chunk_size={config.ttt.chunk_size}")
@@ -203,8 +201,12 @@ def _sequence_faults(config: Config) -> Iterator[Fault]:
     yield Fault(
         "train.seq_length",
         length,
-        f"must be a multiple of {tile} for {', '.join(parts)}; nearest valid: {nearest}",
+        f"must be a multiple of {tile} for {', '.join(parts)}; nearest valid: {_nearest(length, tile)}",
     )
+
+
+def _nearest(size: int, unit: int) -> str:
+    return " or ".join(str(number) for number in nearest_valid_lengths(size, unit))
 
 
 def _optimizer_faults(config: Config) -> Iterator[Fault]:
@@ -308,22 +310,19 @@ def _world_faults(config: Config, world_size: int) -> list[Fault]:
     size = derived.model_parallel_size(parallel)
     if world_size % size:
         product = f"parallel.tp={parallel.tp} * cp={parallel.cp} * pp={parallel.pp} = {size}"
-        above = -(-world_size // size) * size
-        below = world_size // size * size
-        nearest = f"{below} or {above}" if below else f"{above}"
         return [
             Fault(
-                "world_size", world_size, f"{product} does not divide it; start {nearest} processes"
+                "world_size",
+                world_size,
+                f"{product} does not divide it; start {_nearest(world_size, size)} processes",
             )
         ]
     rows = train.micro_batch_size * derived.data_parallel_size(config, world_size)
     if train.global_batch_size % rows:
-        above = -(-train.global_batch_size // rows) * rows
-        below = train.global_batch_size // rows * rows
-        nearest = f"{below} or {above}" if below else f"{above}"
         message = (
             f"must be a multiple of train.micro_batch_size={train.micro_batch_size} times"
-            f" {rows // train.micro_batch_size} data-parallel ranks; nearest valid: {nearest}"
+            f" {rows // train.micro_batch_size} data-parallel ranks; nearest valid:"
+            f" {_nearest(train.global_batch_size, rows)}"
         )
         return [Fault("train.global_batch_size", train.global_batch_size, message)]
     return []
@@ -344,6 +343,8 @@ def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> I
             backend,
             "the package transformer_engine is not installed; use auto or torch",
         )
+    if min(config.parallel.tp, config.parallel.cp) < 1:
+        return  # reported already
     limit = derived.transformer_engine_limit(config)
     if limit is not None:
         yield Fault("model.attention", backend, f"{limit}; use auto or torch")

@@ -1,0 +1,154 @@
+"""What a configuration amounts to, by arithmetic alone: the dry run. Builds nothing.
+
+Sizes follow Hugging Face's shapes (unpadded vocabulary); a product of ``[m, k]`` and ``[k, n]``
+counts ``2 m k n`` floating-point operations.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ttt.config import derived
+from megatron_ttt.config.schema import AttentionBackend, Config, CPOrder
+from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
+
+CONV_TAPS = 5
+STATE_BYTES = 4  # fp32
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Elements of the whole model, over all ranks.
+
+    Attributes:
+        total: every trained parameter, those of the target generators included.
+        fast: elements of the fast weights, that is of the chosen layers' down projections; they
+            are part of the pretrained model.
+        added: elements of the target generators, which the pretrained model lacks.
+    """
+
+    total: int
+    fast: int
+    added: int
+
+
+def parameter_counts(config: Config) -> ParameterCounts:
+    """Counts of a model that ``model/build.py`` would build, padded vocabulary rows apart."""
+    model, ttt = config.model, config.ttt
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    projected = (model.heads + 2 * model.kv_groups) * model.head_dim
+    layer = hidden * projected + model.heads * model.head_dim * hidden + 3 * hidden * ffn
+    layer += 2 * hidden  # norms
+    layer += projected * model.attention_bias + 2 * model.head_dim * model.qk_norm
+    embeddings = model.vocab_size * hidden * (1 if model.tied_embeddings else 2)
+    fast_layers = len(derived.ttt_layers(config))
+    added = fast_layers * (CONV_TAPS * hidden * ttt.conv + hidden * hidden * ttt.proj)
+    total = model.layers * layer + embeddings + hidden + added
+    return ParameterCounts(total=total, fast=fast_layers * hidden * ffn, added=added)
+
+
+def state_bytes(config: Config) -> int:
+    """Bytes of one layer's state, fp32, on one tensor-parallel rank and for one batch row."""
+    model = config.model
+    return STATE_BYTES * model.hidden_size * model.ffn_hidden_size // config.parallel.tp
+
+
+def training_flops_per_token(config: Config) -> float:
+    """Mean over a row without document boundaries, forward and backward.
+
+    The backward of a dense product costs twice its forward. A fast weight's down projection takes
+    2 products forward and 5 backward where a dense one takes 1 and 2. Attention counts the pairs
+    that causal, windowed attention visits. Recomputation and the second summary sweep of context
+    parallelism are cost, not work of the model, and are left out.
+    """
+    model, ttt, length = config.model, config.ttt, config.train.seq_length
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    queries, keys = model.heads * model.head_dim, model.kv_groups * model.head_dim
+    window = min(model.sliding_window or length, length)
+    pairs = window * (window + 1) / 2 + (length - window) * window
+    layer = 2 * hidden * (2 * queries + 2 * keys + 3 * ffn) + 4 * queries * pairs / length
+    dense = 3 * (model.layers * layer + 2 * hidden * model.vocab_size)
+    target = 2 * hidden * hidden * ttt.proj + 2 * CONV_TAPS * hidden * ttt.conv
+    fast = 4 * 2 * hidden * ffn + 3 * target
+    return dense + len(derived.ttt_layers(config)) * fast
+
+
+def summarize(config: Config, world_size: int) -> str:
+    """The text of the dry run.
+
+    Args:
+        config: a valid configuration.
+        world_size: processes; ``tp * cp * pp`` divides it.
+    """
+    sections = (
+        _model_lines(config),
+        _fast_weight_lines(config),
+        _rank_lines(config, world_size),
+        _batch_lines(config, world_size),
+    )
+    return "\n\n".join("\n".join(lines) for lines in sections)
+
+
+def _model_lines(config: Config) -> list[str]:
+    counts, model = parameter_counts(config), config.model
+    attention = f"{model.attention.name} (asked for)"
+    if model.attention is AttentionBackend.auto:
+        limit = derived.transformer_engine_limit(config)
+        attention = "transformer_engine on GPUs where it is installed, else torch"
+        if limit is not None:
+            attention = f"torch (transformer_engine: {limit})"
+    return [
+        f"model         {model.name}: {model.layers} layers, hidden {model.hidden_size},"
+        f" ffn {model.ffn_hidden_size}, {model.heads} heads, {model.kv_groups} kv groups",
+        f"parameters    total {counts.total:,}, fast {counts.fast:,}, added {counts.added:,}",
+        f"training      {training_flops_per_token(config) / 1e12:.4g} TFLOP per token"
+        f" at sequence length {config.train.seq_length:,}",
+        f"attention     {attention}",
+    ]
+
+
+def _fast_weight_lines(config: Config) -> list[str]:
+    layers, ttt = derived.ttt_layers(config), config.ttt
+    if not layers:
+        return ["fast weights  none (ttt=off)"]
+    chunks = -(-config.train.seq_length // ttt.chunk_size)
+    return [
+        f"fast weights  layers {', '.join(map(str, layers))}",
+        f"update        eta {ttt.eta:g}, normalize {ttt.normalize.name}, target {ttt.target.name},"
+        f" clip {ttt.clip.mode.name}, decay {ttt.decay:g}",
+        f"chunks        {chunks} of {ttt.chunk_size} tokens a sequence",
+        f"state         {state_bytes(config):,} bytes per layer and row"
+        f" (fp32, on each of {config.parallel.tp} tp ranks)",
+    ]
+
+
+def _rank_lines(config: Config, world_size: int) -> list[str]:
+    parallel = config.parallel
+    order = SequenceOrder(parallel.cp_order.value)
+    length = config.train.seq_length
+    lines = [
+        f"ranks         {world_size} = tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp}"
+        f" * dp {derived.data_parallel_size(config, world_size)}"
+        f"{', sequence parallel' if derived.sequence_parallel(parallel) else ''}",
+        f"spans         {'two' if parallel.cp_order is CPOrder.zigzag else 'one'} a cp rank"
+        f" ({order.value})"
+        if parallel.cp > 1
+        else "spans         one, the whole sequence",
+    ]
+    for rank in range(parallel.cp):
+        ranges = token_ranges(rank, parallel.cp, order, length)
+        text = ", ".join(f"{start:,}-{end - 1:,}" for start, end in ranges)
+        lines.append(f"  cp rank {rank:<4}tokens {text}")
+    return lines
+
+
+def _batch_lines(config: Config, world_size: int) -> list[str]:
+    train = config.train
+    tokens = train.global_batch_size * train.seq_length
+    return [
+        f"batch         {train.global_batch_size} rows of {train.seq_length:,} tokens"
+        f" = {tokens:,} tokens a step",
+        f"micro-batches {derived.micro_batches(config, world_size)} of {train.micro_batch_size}"
+        f" rows on each of {derived.data_parallel_size(config, world_size)} dp ranks",
+        f"steps         {train.steps:,}, warm-up {derived.warmup_steps(config):,}:"
+        f" {train.steps * tokens:,} tokens,"
+        f" {train.steps * tokens * training_flops_per_token(config):.3g} FLOP",
+    ]

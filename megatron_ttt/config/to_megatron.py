@@ -1,0 +1,172 @@
+"""The one place where our configuration becomes Megatron-core's, for both supported lines."""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ttt.config import derived
+from megatron_ttt.config.schema import (
+    AttentionBackend,
+    Config,
+    Precision,
+    Recompute,
+    RopeScaling,
+)
+
+
+def compute_dtype(config: Config, *, device_is_cuda: bool | None = None) -> torch.dtype:
+    """The dtype of parameters and activations.
+
+    Args:
+        config: a valid configuration.
+        device_is_cuda: the run is on a GPU; ``None``: as torch finds this machine.
+    """
+    cuda = torch.cuda.is_available() if device_is_cuda is None else device_is_cuda
+    precision = derived.resolve_precision(config.train.precision, cuda=cuda)
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerConfig:
+    """Megatron's view of the model and of how it is spread over ranks.
+
+    Megatron initialises nothing (``perform_initialization=False``): its draws depend on the
+    layout, ours do not (``model/initialize.py``). Its loss is summed, not averaged, per
+    micro-batch (``calculate_per_token_loss=True``) and divided once by the tokens of the step.
+
+    Args:
+        config: a valid configuration.
+        device_is_cuda: the model will live on a GPU.
+    """
+    model, parallel = config.model, config.parallel
+    dtype = compute_dtype(config, device_is_cuda=device_is_cuda)
+    window = model.sliding_window
+    backend = derived.resolve_attention(
+        config,
+        cuda=device_is_cuda,
+        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+    ).value
+    transformer = TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        qk_layernorm=model.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=model.attention_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # Megatron counts the tokens to the left of the query, we count the query as well
+        window_size=(window - 1, 0) if window is not None else None,
+        tensor_model_parallel_size=parallel.tp,
+        sequence_parallel=derived.sequence_parallel(parallel),
+        context_parallel_size=parallel.cp,
+        cp_comm_type=parallel.cp_comm_type if parallel.cp > 1 else None,
+        pipeline_model_parallel_size=parallel.pp,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=False,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        calculate_per_token_loss=True,
+        init_method_std=model.initializer_range,
+        perform_initialization=False,
+        use_cpu_initialization=not device_is_cuda,
+        deterministic_mode=config.run.deterministic,
+        transformer_impl=(
+            "transformer_engine" if backend is AttentionBackend.transformer_engine else "local"
+        ),
+        masked_softmax_fusion=False,  # neither attention backend has a softmax of its own
+        bias_activation_fusion=device_is_cuda,
+        bias_dropout_fusion=device_is_cuda,
+        gradient_accumulation_fusion=device_is_cuda and _has_apex_accumulation(),
+        **_recompute_arguments(config),
+    )
+    if model.rope.scaling is RopeScaling.yarn:
+        _set_yarn(transformer, config)
+    return transformer
+
+
+def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> OptimizerConfig:
+    """AdamW with fp32 master weights, sharded over data-parallel ranks by choice.
+
+    Args:
+        config: a valid configuration.
+        device_is_cuda: as in :func:`compute_dtype`.
+    """
+    optimizer = config.optimizer
+    dtype = compute_dtype(config, device_is_cuda=device_is_cuda)
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.epsilon,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+
+
+def ddp_config(config: Config) -> DistributedDataParallelConfig:
+    """Gradients are summed in fp32 and never averaged: the loss is divided by the step's tokens."""
+    parallel = config.parallel
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        average_in_collective=False,
+        use_distributed_optimizer=parallel.distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+
+
+def _recompute_arguments(config: Config) -> dict[str, object]:
+    train = config.train
+    if train.recompute is Recompute.none:
+        return {}
+    if train.recompute is Recompute.full:
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return {
+        "recompute_granularity": "selective",
+        "recompute_modules": list(train.recompute_modules),
+    }
+
+
+def _set_yarn(transformer: TransformerConfig, config: Config) -> None:
+    """Megatron looks YaRN's parameters up by these names but declares no fields for them.
+
+    ``mscale = 1, mscale_all_dim = 0`` multiplies cos and sin by ``0.1 ln(factor) + 1``, the
+    attention factor of ``transformers`` (YaRN, arXiv 2309.00071, section 3.3).
+    """
+    rope = config.model.rope
+    for name, value in {
+        "yarn_rotary_scaling_factor": rope.factor,
+        "yarn_original_max_position_embeddings": rope.original_max_positions,
+        "yarn_beta_fast": rope.beta_fast,
+        "yarn_beta_slow": rope.beta_slow,
+        "yarn_mscale": 1.0,
+        "yarn_mscale_all_dim": 0.0,
+        "yarn_correction_range_round_to_int": True,
+    }.items():
+        setattr(transformer, name, value)
+
+
+def _has_apex_accumulation() -> bool:
+    """apex's kernel that adds weight gradients into the fp32 buffer inside the product."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
