@@ -1,0 +1,212 @@
+"""A Megatron MLP whose down projection is a fast weight.
+
+Megatron builds it from a ``ModuleSpec`` in place of its own MLP; parameters keep their Megatron
+names, and two are added: ``ttt_conv.weight [H, 1, 5]`` and ``ttt_proj.weight [H, H / tp]``.
+
+Tensor parallelism. ``W0``, the state and its gradient are split along ffn, so updates need no
+communication; the target must be whole on every rank, but is computed in parts:
+
+1. the MLP's input is gathered once; gate/up projections and the convolution both read it;
+2. each rank projects onto its columns of ``W_target`` and the columns are all-gathered, whose
+   backward reduce-scatters the partial target gradients;
+3. so the projection's gradient is complete and the convolution's is partial (summed over tensor
+   ranks once a step), and the target path's input gradient, partial too, joins the MLP's before
+   the one reduce-scatter of the gather's backward. ``linear_fc1`` therefore must not reduce its own.
+
+Shape letters: L local tokens (all of the span, not split by sequence parallelism), B rows,
+H hidden, F ffn / tp.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.nn import Parameter
+
+from megatron_ttt.config.schema import ScanAlgorithm, TargetSource
+from megatron_ttt.fast_weights.scale import Clip, Normalize
+from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
+from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.parallel.collectives import replicate
+from megatron_ttt.parallel.scan import SpanExchange
+
+
+@dataclass(frozen=True)
+class FastWeightSettings:
+    """The part of the configuration a fast-weight layer needs; see ``config/schema.py``."""
+
+    learning_rate: float
+    normalize: Normalize
+    target: TargetSource
+    conv: bool
+    proj: bool
+    clip: Clip | None
+    scan: ScanAlgorithm
+    scan_dtype: torch.dtype | None
+
+
+class TargetParameter(MegatronModule):
+    """One weight of the target generator, with its place in tensor-parallel checkpoints."""
+
+    def __init__(
+        self, config: TransformerConfig, shape: tuple[int, ...], tp_axis: int | None, tp_group: Any
+    ) -> None:
+        super().__init__(config=config)
+        self.tp_axis = tp_axis
+        self.tp_group = tp_group
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
+        if tp_axis is not None:
+            set_tensor_model_parallel_attributes(self.weight, True, tp_axis, 1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """Megatron's checkpoint view of the weight (see ``MegatronModule``)."""
+        axes = {} if self.tp_axis is None else {"weight": self.tp_axis}
+        state = {"weight": self.weight}
+        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
+
+
+class FastWeightMLP(MLP):
+    """``O_i = Z_i (W0 + eta S_i)^T`` with ``S`` written chunk by chunk; see the module's lines.
+
+    A drop-in for Megatron's MLP: takes ``[L or L/tp, B, H]`` and the micro-batch's
+    :class:`SequenceLayout`, returns the same shape and no bias. The layout arrives under the name
+    ``padding_mask``, the one argument that Megatron hands through to the MLP in the plain and in
+    the recomputed path alike.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        *,
+        settings: FastWeightSettings,
+        groups: ProcessGroupCollection,
+        **kwargs: Any,
+    ) -> None:
+        if config.add_bias_linear:
+            raise ValueError("add_bias_linear=True: a fast-weight layer has no bias")
+        if config.fp8:
+            raise ValueError(f"fp8={config.fp8}: a fast-weight layer computes in bf16 or fp32")
+        super().__init__(
+            config, submodules, tp_group=groups.tp, ffn_hidden_size=config.ffn_hidden_size
+        )
+        self.settings = settings
+        self.cp_group = groups.cp
+        self.layer = -1  # set by set_layer_number, counted from 0 over the whole model
+        fc1 = self.linear_fc1
+        fc1.sequence_parallel = fc1.allreduce_dgrad = False
+        fc1.disable_grad_reduce = True
+        hidden, tp = config.hidden_size, groups.tp.size()
+        if settings.conv:
+            self.ttt_conv = TargetParameter(config, (hidden, 1, KERNEL_SIZE), None, groups.tp)
+            self.ttt_conv.weight.sequence_parallel = config.sequence_parallel
+        if settings.proj:
+            self.ttt_proj = TargetParameter(config, (hidden, hidden // tp), 1, groups.tp)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Called by Megatron's layer with its number, which starts at 1."""
+        self.layer = layer_number - 1
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, padding_mask: SequenceLayout | None = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        """Apply and write the fast weight over one micro-batch; see the class."""
+        layout = padding_mask
+        assert layout is not None, "no layout reached the layer"
+        inputs = self._whole(hidden_states)
+        keys = self._keys(inputs)
+        if layout.plan is None:  # the same checkpoint with its fast weights switched off
+            outputs = torch.nn.functional.linear(keys, self.linear_fc2.weight)
+        else:
+            outputs = self._read_and_write(inputs, keys, layout)
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(outputs, group=self.tp_group), None
+        return reduce_from_tensor_model_parallel_region(outputs, group=self.tp_group), None
+
+    def _read_and_write(self, inputs: Tensor, keys: Tensor, layout: SequenceLayout) -> Tensor:
+        """The down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
+        targets = self._targets(inputs, layout)
+        assert layout.plan is not None
+        output = fast_weight_spans(
+            keys.transpose(0, 1),
+            targets,
+            self.linear_fc2.weight,
+            plan=layout.plan,
+            learning_rate=self.settings.learning_rate,
+            spans=len(layout.ranges),
+            exchange=self._exchange(layout),
+            clip=self.settings.clip,
+            normalize=self.settings.normalize,
+            reduce_sums=self._sum_over_tp,
+        )
+        layout.state_squares[self.layer] = output.state_squares_BN
+        # Megatron's reduction works in place on contiguous memory and silently loses a view's.
+        return output.outputs_BTD.transpose(0, 1).contiguous()
+
+    def _whole(self, local: Tensor) -> Tensor:
+        """All local tokens on each tensor rank; backward sums the ranks' partial gradients."""
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(
+                local, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        return replicate(local, group=self.tp_group)
+
+    def _keys(self, inputs: Tensor) -> Tensor:
+        """``Z = act(X Wg^T) * (X Wu^T)``: ``[L, B, F]``."""
+        gate, up = self.linear_fc1(inputs)[0].chunk(2, dim=-1)
+        return self.config.activation_func(gate) * up
+
+    def _targets(self, inputs: Tensor, layout: SequenceLayout) -> Tensor:
+        """``V = conv(U) @ W_target``: ``[B, L, H]``, whole on every tensor rank."""
+        source = inputs
+        if self.settings.target is TargetSource.input_embeddings:
+            assert layout.embeddings is not None
+            source = self._whole(layout.embeddings)
+        conv = proj = None
+        if self.settings.conv:
+            conv = self.ttt_conv.weight
+            if not self.config.sequence_parallel:  # else Megatron sums its gradient once a step
+                conv = replicate(conv, group=self.tp_group)
+        if self.settings.proj:
+            proj = self.ttt_proj.weight
+        assert layout.plan is not None
+        targets = target_from_source(
+            source.transpose(0, 1), conv, proj, plan=layout.plan, normalize=self.settings.normalize
+        )
+        if proj is None or self.tp_group.size() == 1:
+            return targets
+        return all_gather_last_dim_from_tensor_parallel_region(targets, group=self.tp_group)
+
+    def _exchange(self, layout: SequenceLayout) -> SpanExchange | None:
+        if layout.span_keeps is None:
+            return None
+        return SpanExchange(
+            all_keeps_SB=layout.span_keeps,
+            order=layout.order,
+            group=self.cp_group,
+            algorithm=self.settings.scan.value,
+            comm_dtype=self.settings.scan_dtype,
+            name=f"layer {self.layer}",
+        )
+
+    def _sum_over_tp(self, sums: Tensor) -> Tensor:
+        if self.tp_group.size() > 1:
+            torch.distributed.all_reduce(sums, group=self.tp_group)
+        return sums

@@ -1,0 +1,120 @@
+"""Megatron's GPTModel with fast-weight layers: positions, input embeddings, padded vocabulary.
+
+Shape letters: B batch rows, L tokens of this rank, H hidden, E head dim, W vocabulary / tp.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ttt.config.schema import ModelConfig, TargetSource
+from megatron_ttt.model.rope import inverse_frequencies
+from megatron_ttt.model.sequence_layout import SequenceLayout
+
+
+class _JoinGradient(torch.autograd.Function):
+    """Identity on the block's input; its backward adds what the leaf's readers contributed.
+
+    Every fast-weight layer lies behind the block's input, so their backward, which accumulates
+    into the leaf's gradient, has run when this one is reached. The leaf comes boxed: as an input
+    of this function its gradient would be held back until this backward is over.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, boxed_leaf: tuple[Tensor]) -> Tensor:
+        ctx.boxed_leaf = boxed_leaf
+        return embeddings.view_as(embeddings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (leaf,) = ctx.boxed_leaf
+        ctx.boxed_leaf = None
+        return (grad if leaf.grad is None else grad + leaf.grad), None
+
+
+class InPlaceTTTModel(GPTModel):
+    """A GPTModel whose chosen layers have fast weights.
+
+    Differences from Megatron's: rotary angles come from the layout's positions (any CP order,
+    restarting at documents on request); input embeddings enter the target path as a detached leaf
+    per micro-batch, so that recomputation sees an argument and no closure over a graph; rows that
+    only pad the vocabulary are masked out of the logits, so that padding to a multiple of tp
+    changes no loss.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        block_spec: TransformerBlockSubmodules,
+        *,
+        model: ModelConfig,
+        target: TargetSource | None,
+        padded_vocab_size: int,
+        max_sequence_length: int,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        """Build this rank's pipeline stage.
+
+        Args:
+            config: Megatron's configuration.
+            block_spec: the stage's layers (``layer_specs.decoder_block_spec``).
+            model: the architecture.
+            target: where targets are read, ``None`` without fast weights.
+            padded_vocab_size: rows of the embedding over all tensor ranks.
+            max_sequence_length: longest row.
+            groups: process groups.
+        """
+        stage = groups.pp.rank()
+        super().__init__(
+            config,
+            block_spec,
+            vocab_size=padded_vocab_size,
+            max_sequence_length=max_sequence_length,
+            pre_process=stage == 0,
+            post_process=stage == groups.pp.size() - 1,
+            share_embeddings_and_output_weights=model.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rope.base,
+            pg_collection=groups,
+        )
+        self.target = target
+        self.inverse_frequencies = inverse_frequencies(model.rope, model.head_dim)
+        if self.post_process:
+            columns = padded_vocab_size // groups.tp.size()
+            real = min(max(model.vocab_size - groups.tp.rank() * columns, 0), columns)
+            if real < columns:
+                self.output_layer.register_forward_hook(_MaskPadding(real))
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> tuple:
+        """Megatron's, with angles ``[L, B or 1, 1, E]`` and the embedding leaf put in place."""
+        layout: SequenceLayout = kwargs["packed_seq_params"]
+        embedded, _, *rest = super()._preprocess(*args, **kwargs)
+        if self.target is TargetSource.input_embeddings and self.pre_process:
+            # Also where the embedding is frozen the layers must see a leaf they can add to.
+            layout.embeddings = embedded.detach().requires_grad_(embedded.requires_grad)
+            embedded = _JoinGradient.apply(embedded, (layout.embeddings,))
+        return (embedded, self._angles(layout), *rest)
+
+    def _angles(self, layout: SequenceLayout) -> Tensor:
+        assert layout.positions is not None
+        positions = layout.positions.transpose(0, 1)[:, :, None, None].float()
+        self.inverse_frequencies = self.inverse_frequencies.to(positions.device)
+        half = positions * self.inverse_frequencies
+        return torch.cat([half, half], dim=-1)
+
+
+class _MaskPadding:
+    """Forward hook: logits of vocabulary rows from ``real`` on become minus infinity."""
+
+    def __init__(self, real: int) -> None:
+        self.real = real
+
+    def __call__(self, module: Any, inputs: Any, output: Any) -> Any:
+        logits, bias = output
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= self.real
+        return logits.masked_fill(padding, float("-inf")), bias

@@ -1,0 +1,112 @@
+"""Initial values as a function of (seed, parameter name): one start, whatever the layout.
+
+Megatron's own draws depend on the tensor rank and the pipeline stage. Here every tensor is drawn
+whole from a generator seeded by its name and then sliced, so that any layout starts from the same
+model.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.config.schema import ModelConfig
+
+Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator whose stream depends on the seed and the name alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Parameters of a pipeline stage under their names in the whole model.
+
+    Layers are numbered from 0 over the whole model. A tied output layer on a later stage goes by
+    the embedding's name, of which it is a copy.
+    """
+    numbers = [layer.layer_number - 1 for layer in model.decoder.layers]  # type: ignore[union-attr]
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{numbers[int(local)]}.{rest}"
+        elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+def pretraining_draw(model: ModelConfig) -> Draw:
+    """The start of training from scratch, and of the target generator in continued pretraining.
+
+    Norms 1, biases 0, the convolution 0 (so the model starts as the plain one), ``ttt_proj``
+    diagonal N(0, sigma^2), all else N(0, sigma^2), with projections back into the residual stream
+    divided by ``sqrt(2 * layers)``; sigma is ``initializer_range``.
+    """
+    sigma = model.initializer_range
+
+    def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if "norm" in name:
+            return torch.ones(shape)
+        if name.endswith("bias") or "ttt_conv" in name:
+            return torch.zeros(shape)
+        if "ttt_proj" in name:
+            return torch.diag(torch.randn(shape[0], generator=generator) * sigma)
+        scale = sigma
+        if "linear_proj" in name or "linear_fc2" in name:
+            scale = sigma / math.sqrt(2 * model.layers)
+        return torch.randn(shape, generator=generator) * scale
+
+    return draw
+
+
+@torch.no_grad()
+def initialize(
+    model: torch.nn.Module,
+    *,
+    seed: int,
+    vocab_size: int,
+    tp_rank: int,
+    tp_size: int,
+    draw: Draw,
+    only: Callable[[str], bool] = lambda name: True,
+) -> None:
+    """Fill this rank's parameters with their slices of the whole drawn tensors.
+
+    Args:
+        model: a pipeline stage of :class:`InPlaceTTTModel`.
+        seed: of the run.
+        vocab_size: real rows of the vocabulary; rows that pad it become 0.
+        tp_rank, tp_size: this rank's slice.
+        draw: gives a whole tensor for (name, shape, generator).
+        only: which names to fill.
+    """
+    for name, parameter in global_parameters(model):
+        if not only(name):
+            continue
+        axis = (
+            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
+        )
+        shape = list(parameter.shape)
+        if axis is not None:
+            shape[axis] *= tp_size
+        if name.endswith("linear_fc1.weight"):  # each rank holds its rows of gate, then of up
+            half = (shape[0] // 2, *shape[1:])
+            parts = [_whole(f"{name}/{part}", half, seed, draw) for part in ("gate", "up")]
+            value = torch.cat([part.chunk(tp_size, 0)[tp_rank] for part in parts])
+        else:
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                value = parameter.new_zeros(shape, dtype=torch.float32, device="cpu")
+                value[:vocab_size] = _whole(name, (vocab_size, *shape[1:]), seed, draw)
+            else:
+                value = _whole(name, tuple(shape), seed, draw)
+            if axis is not None:
+                value = value.chunk(tp_size, axis)[tp_rank]
+        parameter.copy_(value)
+
+
+def _whole(name: str, shape: tuple[int, ...], seed: int, draw: Draw) -> Tensor:
+    return draw(name, shape, named_generator(seed, name))

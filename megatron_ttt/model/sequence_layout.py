@@ -1,0 +1,118 @@
+"""What one micro-batch's rows look like, handed to every layer as an argument.
+
+Megatron passes ``packed_seq_params`` to each layer untouched as long as its format is ``sbhd``. A
+:class:`SequenceLayout` is such a record with fields of ours. It is never kept on a module: with
+the 1F1B schedule several micro-batches are in flight, each with a layout of its own.
+
+Shape letters: B batch rows, T tokens of a whole row, L tokens of this rank, S spans of a row,
+H hidden.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
+from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_spans
+
+
+@dataclass
+class SequenceLayout(PackedSeqParams):
+    """The layout of one micro-batch on one rank.
+
+    Attributes:
+        length: tokens of a whole row, T.
+        ranges: this rank's token ranges ``[start, end)`` in memory order (zigzag: two).
+        order: how spans are dealt to context-parallel ranks.
+        positions: ``[B or 1, L]`` rotary position of each local token.
+        documents: ``[B, T]`` int32, which document each token of the whole row belongs to, for
+            masking attention; ``None`` where attention may cross documents.
+        plan: chunk plan of this rank's tokens; ``None`` without fast weights.
+        span_keeps: ``[S, B]`` keep of every span of the whole row in sequence order, known to
+            every rank from the row's layout and so never exchanged.
+        embeddings: the input embeddings as an autograd leaf ``[L or L/tp, B, H]``, set by the
+            model where targets come from them.
+        state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
+            shard of the state that enters each local chunk; filled while the layers run.
+    """
+
+    length: int = 0
+    ranges: Sequence[tuple[int, int]] = ()
+    order: SequenceOrder = SequenceOrder.ZIGZAG
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+    plan: ChunkPlan | None = None
+    span_keeps: Tensor | None = None
+    embeddings: Tensor | None = None
+    state_squares: dict[int, Tensor] = field(default_factory=dict)
+    scan_exposed_s: list[float] = field(default_factory=list)
+
+
+def take_ranges(rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """``[B, T]`` whole rows -> ``[B, L]``, the given token ranges one after another."""
+    return torch.cat([rows[:, start:end] for start, end in ranges], dim=1)
+
+
+def sequence_layout(
+    *,
+    document_starts: Tensor,
+    padding: Tensor,
+    chunk_size: int | None,
+    decay: float,
+    mask_attention: bool,
+    reset_positions: bool,
+    reset_fast_weights: bool,
+    cp_rank: int,
+    cp_size: int,
+    order: SequenceOrder,
+    device: torch.device,
+) -> SequenceLayout:
+    """The layout of a micro-batch for one context-parallel rank, from its whole rows.
+
+    Everything is decided on whole rows and then sliced: a span's first token starts no document.
+
+    Args:
+        document_starts, padding: ``[B, T]`` bool, whole rows, on the CPU: the plan is made of
+            integers, and reading them back from a device would wait for it.
+        chunk_size: C; ``None`` where the model has no fast weights.
+        decay: gamma per chunk.
+        mask_attention, reset_positions, reset_fast_weights: what a document boundary does.
+        cp_rank, cp_size, order: this rank's place in the row.
+        device: where the layout's tensors go.
+    """
+    batch, length = document_starts.shape
+    ranges: Sequence[tuple[int, int]] = [(0, length)]  # cp = 1: one run of any length
+    if cp_size > 1:
+        ranges = token_ranges(cp_rank, cp_size, order, length)
+    positions = torch.arange(length)[None]
+    if reset_positions:
+        start_places = torch.where(document_starts, positions, torch.zeros_like(positions))
+        positions = positions - start_places.cummax(dim=1).values
+    plan = span_keeps = None
+    if chunk_size is not None:
+        whole = plan_chunks(
+            document_starts if reset_fast_weights else None,
+            batch=batch,
+            length=length,
+            chunk_size=chunk_size,
+            decay=decay,
+            padding_BT=padding,
+            device=device,
+        )
+        plan = whole.select_tokens(ranges) if cp_size > 1 else whole
+        span_keeps = whole.span_keeps(total_spans(cp_size, order)) if cp_size > 1 else None
+    return SequenceLayout(
+        qkv_format="sbhd",
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
+        length=length,
+        ranges=ranges,
+        order=order,
+        positions=take_ranges(positions, ranges).to(device),
+        documents=document_starts.cumsum(1).to(device, torch.int32) if mask_attention else None,
+        plan=plan,
+        span_keeps=span_keeps,
+    )

@@ -1,0 +1,119 @@
+"""The one place where a training program meets its environment: ranks, device, process groups."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from torch import Tensor
+
+from megatron_ttt.config.schema import Config
+from megatron_ttt.parallel.cpu import megatron_on_cpu
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others, and the groups it communicates in.
+
+    Attributes:
+        rank, world_size: in the whole job.
+        groups: Megatron's process groups; everything below the entry point takes them from here.
+        device: where tensors live.
+    """
+
+    rank: int
+    world_size: int
+    groups: ProcessGroupCollection
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes logs and files that exist once."""
+        return self.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether the loss is computed here."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of the global batch is read here."""
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts the global batch is cut."""
+        return self.groups.dp.size()
+
+    def sum_over_data_and_stages(self, values: Tensor) -> Tensor:
+        """In-place sum over dp, cp and pp; tensor ranks hold equal values."""
+        dist.all_reduce(values, group=self.groups.dp_cp)
+        dist.all_reduce(values, group=self.groups.pp)
+        return values
+
+
+def world() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun's variables; one process without torchrun."""
+    read = os.environ.get
+    return int(read("RANK", 0)), int(read("WORLD_SIZE", 1)), int(read("LOCAL_RANK", 0))
+
+
+@contextmanager
+def model_parallel(config: Config) -> Iterator[Ranks]:
+    """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving."""
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        context_parallel_size=parallel.cp,
+        distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
+        create_gloo_process_groups=not torch.cuda.is_available(),
+    )
+    try:
+        model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", torch.cuda.current_device())
+        yield Ranks(
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            groups=ProcessGroupCollection.use_mpu_process_groups(),
+            device=device,
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def distributed(config: Config) -> Iterator[Ranks]:
+    """Everything a training process needs, from torchrun's variables or as a single process.
+
+    NCCL with a GPU, gloo without; in the latter case Megatron-core runs through
+    ``parallel/cpu.py``.
+    """
+    rank, world_size, local_rank = world()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    with megatron_on_cpu():
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=config.parallel.timeout_s),
+            **(
+                {} if world_size > 1 or "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
+            ),
+        )
+        try:
+            with model_parallel(config) as ranks:
+                yield ranks
+        finally:
+            dist.destroy_process_group()

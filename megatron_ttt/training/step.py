@@ -1,0 +1,194 @@
+"""One training step on Megatron's schedules, and the same step without gradients for validation.
+
+Shape letters: B rows of a micro-batch, T tokens of a whole row, L tokens of this rank.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_ttt.config.derived import ttt_layers
+from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.data.batches import Batch
+from megatron_ttt.model.sequence_layout import SequenceLayout, sequence_layout, take_ranges
+from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.training.distributed import Ranks
+from megatron_ttt.training.flops import visible_pairs
+
+
+@dataclass
+class Observations:
+    """What the micro-batches of one step leave behind on one rank.
+
+    Attributes:
+        state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
+        tokens: tokens read, padding included, counted on this data-parallel rank.
+        pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
+        exposed_s: seconds the layers waited for the scan.
+    """
+
+    state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
+    tokens: int = 0
+    pairs: int = 0
+    exposed_s: float = 0.0
+
+    def add(self, layout: SequenceLayout) -> None:
+        """Take over what a micro-batch's layers wrote into its layout."""
+        for layer, squares in layout.state_squares.items():
+            self.state_squares.setdefault(layer, []).append(squares.flatten())
+        self.exposed_s += sum(layout.scan_exposed_s)
+
+
+@dataclass
+class LossSum:
+    """Sum of token losses and number of counted tokens, over the global batch."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Loss per counted token, in nats."""
+        return self.total / max(self.tokens, 1)
+
+
+class ForwardStep:
+    """Megatron's ``forward_step_func`` for one configuration."""
+
+    def __init__(self, config: Config, ranks: Ranks, *, mode: TTTMode) -> None:
+        """``mode`` may switch the fast weights of a model that has them off for this step."""
+        self.config = config
+        self.ranks = ranks
+        fast = bool(ttt_layers(config)) and mode is TTTMode.in_place
+        self.chunk_size = config.ttt.chunk_size if fast else None
+        self.observations = Observations()
+
+    def __call__(
+        self, data: Iterator[Batch], model: Any
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+        """One micro-batch through this pipeline stage; returns the output and the loss function."""
+        batch = next(data)
+        device = self.ranks.device
+        layout = self.layout(batch)
+        tokens, labels, counted = (
+            take_ranges(rows, layout.ranges).to(device, non_blocking=True)
+            for rows in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
+        )
+        output = model(
+            input_ids=tokens,
+            position_ids=layout.positions,
+            attention_mask=None,
+            labels=labels,
+            packed_seq_params=layout,
+        )
+        self.observations.add(layout)
+        self.observations.tokens += batch.tokens_BT.numel()
+        self.observations.pairs += visible_pairs(
+            batch.document_starts_BT if self.config.data.reset_attention else None,
+            shape=tuple(batch.tokens_BT.shape),
+            window=self.config.model.sliding_window,
+        )
+        return output, partial(_token_losses, counted)
+
+    def layout(self, batch: Batch) -> SequenceLayout:
+        """This rank's layout of a micro-batch."""
+        groups, data = self.ranks.groups, self.config.data
+        return sequence_layout(
+            document_starts=batch.document_starts_BT,
+            padding=batch.padding_BT,
+            chunk_size=self.chunk_size,
+            decay=self.config.ttt.decay,
+            mask_attention=data.reset_attention,
+            reset_positions=data.reset_positions,
+            reset_fast_weights=data.reset_fast_weights,
+            cp_rank=groups.cp.rank(),
+            cp_size=groups.cp.size(),
+            order=SequenceOrder(self.config.parallel.cp_order.value),
+            device=self.ranks.device,
+        )
+
+
+def _token_losses(counted: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of counted losses, their number, both for the report).
+
+    With three values Megatron divides gradients once by the number of counted tokens of the global
+    batch, summed over micro-batches, dp and cp.
+    """
+    total = (losses.float() * counted).sum()
+    number = counted.sum().to(torch.int)
+    return total, number, torch.stack([total.detach().double(), number.double()])
+
+
+def run_micro_batches(
+    step: ForwardStep,
+    model: DistributedDataParallel,
+    data: Iterator[Batch],
+    *,
+    micro_batches: int,
+    forward_only: bool,
+) -> LossSum:
+    """Run one global batch through Megatron's schedule and sum its loss over all ranks."""
+    config = step.config
+    reports = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=data,
+        model=[model],
+        num_microbatches=micro_batches,
+        seq_length=config.train.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=step.ranks.device)
+    if step.ranks.is_last_stage:
+        totals += torch.stack(reports).sum(dim=0)
+    step.ranks.sum_over_data_and_stages(totals)
+    total, tokens = totals.tolist()
+    return LossSum(total, int(tokens))
+
+
+def update_ratios(
+    observations: Observations, model: Any, config: Config, ranks: Ranks
+) -> dict[int, float]:
+    """``max norm(eta S) / norm(W0)`` per fast layer over rows and chunks of the global batch.
+
+    Squares are summed over tensor ranks; the maximum is taken over cp, dp and pipeline stages.
+    """
+    layers = ttt_layers(config)
+    if not layers:
+        return {}
+    ratios = torch.zeros(len(layers), dtype=torch.float64, device=ranks.device)
+    weights = {
+        layer.layer_number - 1: layer.mlp.linear_fc2.weight for layer in model.decoder.layers
+    }
+    for place, layer in enumerate(layers):
+        if layer not in observations.state_squares:
+            continue
+        squares = torch.cat(observations.state_squares[layer]).double()
+        whole = torch.cat([squares, weights[layer].detach().double().square().sum()[None]])
+        dist.all_reduce(whole, group=ranks.groups.tp)
+        ratios[place] = config.ttt.eta * (whole[:-1].max() / whole[-1]).sqrt()
+    dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=ranks.groups.dp_cp)
+    dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=ranks.groups.pp)
+    return dict(zip(layers, ratios.tolist(), strict=True))
+
+
+def check_finite(loss: float, grad_norm: float, step: int) -> None:
+    """Stop a run whose loss or gradient is no number, before it is saved.
+
+    Raises:
+        FloatingPointError: naming the step and what to try.
+    """
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    raise FloatingPointError(
+        f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or ttt.eta, "
+        "or bound the updates with ttt.clip"
+    )
