@@ -1,0 +1,129 @@
+"""The recurrence of In-Place TTT, written as its equations read: the oracle of every test.
+
+For chunk i of a document, learning rate eta, decay gamma:
+
+    apply    o_t = (W0 + eta * S_i) z_t                    for every token t of the chunk
+    update   S_{i+1} = gamma * S_i + clip(sum_t v_t z_t^T)        S_0 = 0 at every document start
+
+Loops over rows, chunks and tokens in plain torch, differentiated by autograd: slow, short, and
+knowing nothing of the code it judges. In-Place TTT (arXiv 2604.06169) section 3; documents, padding
+and the absolute chunk grid as README.md states them.
+
+Shape suffixes: B batch rows, T tokens, D hidden, F ffn, E target columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.fast_weights.scale import Clip, ClipMode, Normalize
+
+
+def reference_fast_weight(
+    keys_BTF: Tensor,
+    targets_BTD: Tensor,
+    weight_DF: Tensor,
+    *,
+    learning_rate: float,
+    chunk_size: int,
+    carry_BDF: Tensor | None = None,
+    document_starts: Tensor | None = None,
+    padding: Tensor | None = None,
+    decay: float = 1.0,
+    clip: Clip | None = None,
+    normalize: Normalize = Normalize.NONE,
+) -> tuple[Tensor, Tensor]:
+    """Outputs ``[B, T, D]`` and the state after the last complete chunk ``[B, D, F]``."""
+    batch, length, _ = keys_BTF.shape
+    all_outputs, all_states = [], []
+    for row in range(batch):
+        keys, targets = keys_BTF[row], targets_BTD[row]
+        state = torch.zeros_like(weight_DF) if carry_BDF is None else carry_BDF[row]
+        outputs = []
+        for first in range(0, length, chunk_size):
+            tokens = range(first, min(first + chunk_size, length))
+            starts = [t for t in tokens if document_starts is not None and document_starts[row, t]]
+            real = [t for t in tokens if padding is None or not padding[row, t]]
+
+            for t in tokens:
+                before_any_start = not starts or t < starts[0]
+                fast = weight_DF + learning_rate * state if before_any_start else weight_DF
+                outputs.append(fast @ keys[t])
+
+            if len(tokens) < chunk_size:
+                break  # an unfinished chunk is applied, never written
+
+            last_document = starts[-1] if starts else first
+            written = [t for t in real if t >= last_document]
+            summary = torch.zeros_like(weight_DF)
+            for t in written:
+                summary = summary + torch.outer(targets[t], keys[t])
+            if written and normalize is Normalize.KEY_ENERGY:
+                energy = sum(float(keys[t].detach().square().sum()) for t in written)
+                summary = summary / (energy / len(written)) if energy > 0 else summary
+            if clip is not None:
+                summary = summary * _clip_factor(summary, weight_DF, learning_rate, clip)
+
+            if starts:
+                state = summary
+            elif not real:
+                state = state + summary
+            else:
+                state = decay * state + summary
+        all_outputs.append(torch.stack(outputs))
+        all_states.append(state)
+    return torch.stack(all_outputs), torch.stack(all_states)
+
+
+def _clip_factor(summary: Tensor, weight: Tensor, learning_rate: float, clip: Clip) -> float:
+    """``min(1, bound / (eta * norm(M)))``: a number, so a constant in the backward."""
+    bound = clip.bound
+    if clip.mode is ClipMode.RELATIVE:
+        bound *= float(weight.detach().norm())
+    size = learning_rate * float(summary.detach().norm())
+    return min(1.0, bound / size) if size > 0 else 1.0
+
+
+def reference_target(
+    source_BTD: Tensor,
+    conv_weight_D15: Tensor | None,
+    proj_weight_DE: Tensor | None,
+    *,
+    chunk_size: int,
+    document_starts: Tensor | None = None,
+    padding: Tensor | None = None,
+    normalize: Normalize = Normalize.NONE,
+) -> Tensor:
+    """``v_t = (sum_j w_j * u_{t+j-2}) @ W_target`` over t's chunk and document."""
+    batch, length, _ = source_BTD.shape
+    is_padding = torch.zeros(batch, length, dtype=torch.bool) if padding is None else padding
+    starts = torch.zeros_like(is_padding) if document_starts is None else document_starts
+    rows = []
+    for row in range(batch):
+        document = starts[row].long().cumsum(0)
+        source = [
+            torch.zeros_like(u) if pad else u
+            for u, pad in zip(source_BTD[row], is_padding[row], strict=True)
+        ]
+        if normalize is Normalize.KEY_ENERGY:
+            source = [
+                u if pad else u / u.square().mean().sqrt()
+                for u, pad in zip(source, is_padding[row], strict=True)
+            ]
+        targets = []
+        for t in range(length):
+            if is_padding[row, t]:
+                mixed = torch.zeros_like(source[t])
+            elif conv_weight_D15 is None:
+                mixed = source[t]
+            else:
+                mixed = torch.zeros_like(source[t])
+                for tap in range(5):
+                    near = t + tap - 2
+                    inside = 0 <= near < length and near // chunk_size == t // chunk_size
+                    if inside and document[near] == document[t]:
+                        mixed = mixed + conv_weight_D15[:, 0, tap] * source[near]
+            targets.append(mixed if proj_weight_DE is None else mixed @ proj_weight_DE)
+        rows.append(torch.stack(targets))
+    return torch.stack(rows)

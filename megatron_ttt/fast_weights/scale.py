@@ -1,0 +1,144 @@
+"""How strongly each chunk is written: normalisation by key energy, and clipping.
+
+    M_i = V_i^T Z_i / e_i      e_i = mean over the written tokens of |z|^2 (key_energy), else 1
+    clip(M_i) = M_i * min(1, bound / (eta * norm(M_i)))
+
+Both are one factor per batch row and chunk, so they are folded into the targets and the scan never
+sees them. They are constants in the backward. Design: scale and clip.
+
+Shape suffixes: B batch rows, T tokens, N chunks, D hidden, F ffn (the local shard under TP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.fast_weights.accumulate import state_dtype, wide_product
+from megatron_ttt.fast_weights.documents import Block, ChunkPlan
+
+ReduceSums = Callable[[Tensor], Tensor]
+
+
+class Normalize(StrEnum):
+    """``NONE``: raw sums, as published. ``KEY_ENERGY``: eta becomes dimensionless."""
+
+    NONE = "none"
+    KEY_ENERGY = "key_energy"
+
+
+class ClipMode(StrEnum):
+    """What a clip's bound is measured in."""
+
+    RELATIVE = "relative"  # times norm(W0)
+    ABSOLUTE = "absolute"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Bound of ``eta * norm(M_i)``: ``bound * norm(W0)`` (relative) or ``bound`` itself.
+
+    Raises:
+        ValueError: the bound is not positive.
+    """
+
+    bound: float
+    mode: ClipMode = ClipMode.RELATIVE
+
+    def __post_init__(self) -> None:
+        if not self.bound > 0:
+            raise ValueError(f"clip bound {self.bound} is not positive")
+
+
+@torch.no_grad()
+def summary_scales(
+    keys_BTF: Tensor,
+    targets_BTD: Tensor,
+    weight_DF: Tensor,
+    *,
+    plan: ChunkPlan,
+    learning_rate: float,
+    clip: Clip | None,
+    normalize: Normalize,
+    reduce_sums: ReduceSums | None,
+) -> Tensor | None:
+    """Factor of each chunk's summary, ``[B, N]`` in the state's dtype; None if all are 1.
+
+    Args:
+        reduce_sums: sums a small tensor over the ranks that share a row's keys (tensor
+            parallelism); targets are whole on each of them. None: keys are whole.
+    """
+    if normalize is Normalize.NONE and clip is None:
+        return None
+    reduce_sums = reduce_sums or (lambda sums: sums)
+    scale_BN = torch.ones(plan.batch, plan.chunks, device=keys_BTF.device).to(
+        state_dtype(keys_BTF.dtype)
+    )
+    if normalize is Normalize.KEY_ENERGY:
+        energy_BN = reduce_sums(_key_energy_sums(keys_BTF, plan))
+        count_BN = plan.sum_chunks(plan.writes_BT.to(energy_BN.dtype))
+        # Chunks that write nothing, or whose keys are all zero, have nothing to scale.
+        scale_BN = torch.where(energy_BN > 0, count_BN / energy_BN, scale_BN)
+    if clip is not None:
+        squares_BN = reduce_sums(_summary_squares(keys_BTF, targets_BTD, plan))
+        norm_BN = squares_BN.clamp(min=0).sqrt() * scale_BN
+        bound: Tensor | float = clip.bound
+        if clip.mode is ClipMode.RELATIVE:
+            weight_square = torch.linalg.vector_norm(weight_DF, dtype=norm_BN.dtype).square()
+            bound = clip.bound * reduce_sums(weight_square).sqrt()
+        scale_BN = scale_BN * (bound / (abs(learning_rate) * norm_BN)).clamp(max=1)
+    return scale_BN
+
+
+def scale_targets(targets_BTD: Tensor, scale_BN: Tensor | None, plan: ChunkPlan) -> Tensor:
+    """Fold the chunks' factors into their written targets; others are never read and stay."""
+    if scale_BN is None:
+        return targets_BTD
+    # Only written rows: a factor of one document must not touch (or poison) another's gradient.
+    scale_BT = torch.where(plan.writes_BT, plan.scale_tokens(scale_BN), 1.0)
+    return (targets_BTD * scale_BT[..., None]).to(targets_BTD.dtype)
+
+
+def _key_energy_sums(keys_BTF: Tensor, plan: ChunkPlan) -> Tensor:
+    dtype = state_dtype(keys_BTF.dtype)
+    energy_BT = torch.linalg.vector_norm(keys_BTF, dim=2, dtype=dtype).square()
+    return plan.sum_chunks(torch.where(plan.writes_BT, energy_BT, 0.0))
+
+
+def _summary_squares(keys_BTF: Tensor, targets_BTD: Tensor, plan: ChunkPlan) -> Tensor:
+    """``norm(V_i^T Z_i)^2`` of each chunk, ``[B, N]``; forms the summary only if cheaper."""
+    hidden, ffn = targets_BTD.shape[2], keys_BTF.shape[2]
+    squares_BN = torch.zeros(
+        plan.batch, plan.chunks, dtype=state_dtype(keys_BTF.dtype), device=keys_BTF.device
+    )
+    for chunk, blocks in enumerate(plan.blocks):
+        first, _ = plan.tokens_of(chunk)
+        for rows, runs in _runs_by_rows(blocks.written):
+            keys = _gather(keys_BTF, rows, runs, first)
+            targets = _gather(targets_BTD, rows, runs, first)
+            if keys.shape[1] * (hidden + ffn) < hidden * ffn:
+                product = wide_product(targets, targets.mT).mul_(wide_product(keys, keys.mT))
+            else:
+                product = wide_product(targets.mT, keys).square_()
+            squares_BN[rows, chunk] = product.sum(dim=(1, 2))
+    return squares_BN
+
+
+def _runs_by_rows(written: tuple[Block, ...]) -> list[tuple[slice, list[Block]]]:
+    """Blocks of the same batch rows together (padding can cut a chunk's tokens into runs)."""
+    groups: list[tuple[slice, list[Block]]] = []
+    for block in written:
+        if groups and groups[-1][0] == block.rows:
+            groups[-1][1].append(block)
+        else:
+            groups.append((block.rows, [block]))
+    return groups
+
+
+def _gather(tokens_BTX: Tensor, rows: slice, runs: list[Block], first: int) -> Tensor:
+    parts = [tokens_BTX[rows, first + run.start : first + run.stop] for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)

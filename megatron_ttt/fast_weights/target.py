@@ -1,0 +1,152 @@
+"""The target a key should retrieve: ``V = conv(U) @ W_target``.
+
+``conv`` is depthwise, kernel 5, centred (a cross-correlation: tap 2 is the token itself, tap 3 the
+next one), without bias. It sees zeros beyond the chunk's and the document's edges, so although it
+looks ahead nothing leaks: a chunk's targets are used only from the next chunk on, and a rank that
+holds whole chunks needs no neighbour's tokens. ``W_target`` multiplies from the right.
+In-Place TTT (arXiv 2604.06169) section 3.
+
+Shape suffixes: B batch rows, T tokens, D hidden, E target columns (``D``, or ``D / tp`` for a
+column shard), 1 and 5 as in torch's depthwise convolutions, N chunks, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_ttt.fast_weights.accumulate import state_dtype
+from megatron_ttt.fast_weights.documents import ChunkPlan
+from megatron_ttt.fast_weights.scale import Normalize
+
+KERNEL_SIZE = 5
+_REACH = KERNEL_SIZE // 2
+# Smallest mean square of a source row: keeps all-zero rows zero, far below any real embedding's.
+_RMS_FLOOR = 1e-12
+
+
+def target_from_source(
+    source_BTD: Tensor,
+    conv_weight_D15: Tensor | None,
+    proj_weight_DE: Tensor | None,
+    *,
+    plan: ChunkPlan,
+    normalize: Normalize = Normalize.NONE,
+) -> Tensor:
+    """``V = conv(U) @ W_target``, ``[B, T, E]`` in the source's dtype, zero on padding rows.
+
+    Args:
+        source_BTD: U, local tokens; may be a strided view.
+        conv_weight_D15: ``[D, 1, 5]``; None: identity (the reconstruction target).
+        proj_weight_DE: ``[D, E]``, a column shard or whole; None: identity.
+        plan: of the same tokens: chunk and document edges, padding (U is zeroed on it before the
+            conv, V after).
+        normalize: ``KEY_ENERGY`` takes U at unit root mean square, row by row.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    batch, length, hidden = source_BTD.shape
+    if (plan.batch, plan.length) != (batch, length):
+        raise ValueError(
+            f"plan is for [{plan.batch}, {plan.length}], source is [{batch}, {length}]"
+        )
+    if conv_weight_D15 is not None and conv_weight_D15.shape != (hidden, 1, KERNEL_SIZE):
+        raise ValueError(
+            f"conv weight {list(conv_weight_D15.shape)} is not [{hidden}, 1, {KERNEL_SIZE}]"
+        )
+    if proj_weight_DE is not None and proj_weight_DE.shape[0] != hidden:
+        raise ValueError(f"projection {list(proj_weight_DE.shape)} does not take {hidden} columns")
+
+    mixed_BTD = _without_padding(source_BTD, plan)
+    if normalize is Normalize.KEY_ENERGY:
+        mixed_BTD = _unit_rms(mixed_BTD)
+    if conv_weight_D15 is not None:
+        mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D15, plan)
+        mixed_BTD = _without_padding(mixed_BTD, plan)
+    return mixed_BTD if proj_weight_DE is None else mixed_BTD @ proj_weight_DE
+
+
+def _without_padding(tokens_BTD: Tensor, plan: ChunkPlan) -> Tensor:
+    if plan.padding_BT is None:
+        return tokens_BTD
+    return tokens_BTD.masked_fill(plan.padding_BT[..., None], 0.0)
+
+
+def _unit_rms(source_BTD: Tensor) -> Tensor:
+    wide_BTD = source_BTD.to(state_dtype(source_BTD.dtype))
+    mean_square_BT1 = wide_BTD.square().mean(dim=2, keepdim=True)
+    return (wide_BTD * mean_square_BT1.clamp(min=_RMS_FLOOR).rsqrt()).to(source_BTD.dtype)
+
+
+class _ChunkedConv(torch.autograd.Function):
+    """``out_t = sum_j w_j * u_{t+j-2}`` inside each segment (chunk and document); saves U alone.
+
+    Accumulates in the state's dtype. With ``s`` the offset, ``dU`` is the same sum with offsets
+    ``-s``, and ``dw_j`` the sum over tokens of ``dout_t * u_{t+s}``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, source_BTD: Tensor, weight_D15: Tensor, plan: ChunkPlan) -> Tensor:
+        ctx.save_for_backward(source_BTD, weight_D15)
+        ctx.plan = plan
+        return _sum_of_neighbours(source_BTD, weight_D15[:, 0], plan, direction=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        source_BTD, weight_D15 = ctx.saved_tensors
+        d_source_BTD = d_weight_D15 = None
+        if ctx.needs_input_grad[0]:
+            d_source_BTD = _sum_of_neighbours(d_out_BTD, weight_D15[:, 0], ctx.plan, direction=-1)
+        if ctx.needs_input_grad[1]:
+            taps = [
+                _product_with_neighbour(d_out_BTD, source_BTD, ctx.plan, offset=tap - _REACH)
+                for tap in range(KERNEL_SIZE)
+            ]
+            d_weight_D15 = torch.stack(taps, dim=1)[:, None].to(weight_D15.dtype)
+        return d_source_BTD, d_weight_D15, None
+
+
+def _sum_of_neighbours(
+    tokens_BTD: Tensor, weight_D5: Tensor, plan: ChunkPlan, *, direction: int
+) -> Tensor:
+    wide = state_dtype(tokens_BTD.dtype)
+    centre = weight_D5[:, _REACH].to(wide)
+    out_BTD = torch.mul(tokens_BTD, centre)
+    for tap in range(KERNEL_SIZE):
+        offset = direction * (tap - _REACH)
+        if offset == 0 or abs(offset) >= plan.length:
+            continue
+        here, there = _shifted(offset, plan.length)
+        term = tokens_BTD[:, there] * weight_D5[:, tap].to(wide)
+        out_BTD[:, here] += term.masked_fill_(_crosses_edge(plan, offset), 0.0)
+    return out_BTD.to(tokens_BTD.dtype)
+
+
+def _product_with_neighbour(
+    left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan, *, offset: int
+) -> Tensor:
+    """``sum over tokens of left_t * right_{t+offset}`` inside segments, ``[D]``."""
+    wide = state_dtype(left_BTD.dtype)
+    if abs(offset) >= plan.length:
+        return left_BTD.new_zeros(left_BTD.shape[2], dtype=wide)
+    here, there = _shifted(offset, plan.length)
+    product = left_BTD[:, here].to(wide) * right_BTD[:, there]
+    if offset != 0:
+        product = product.masked_fill_(_crosses_edge(plan, offset), 0.0)
+    return product.sum(dim=(0, 1))
+
+
+def _shifted(offset: int, length: int) -> tuple[slice, slice]:
+    """Tokens that have a neighbour at ``offset`` in the row, and those neighbours."""
+    here = slice(max(0, -offset), length - max(0, offset))
+    return here, slice(here.start + offset, here.stop + offset)
+
+
+def _crosses_edge(plan: ChunkPlan, offset: int) -> Tensor:
+    here, there = _shifted(offset, plan.length)
+    return (plan.segments_BT[:, here] != plan.segments_BT[:, there])[..., None]

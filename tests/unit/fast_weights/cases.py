@@ -1,0 +1,272 @@
+"""Random fast-weight problems, small and alive, and the ways to solve them.
+
+Every problem draws an asymmetric conv, a dense ``W_target`` and a rate that makes the update about
+a tenth of ``W0``: a diagonal projection would hide a transposition, a zero conv everything.
+
+Shape suffixes: B batch rows, T tokens, D hidden, F ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_ttt.fast_weights import (
+    CarryExchange,
+    Clip,
+    ClipMode,
+    Direction,
+    Normalize,
+    fast_weight_spans,
+    plan_chunks,
+    target_from_source,
+)
+from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
+
+GRADIENTS = ("keys", "source", "conv", "proj", "weight", "carry")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: sizes, document layout and options; its numbers follow from the seed."""
+
+    batch: int = 2
+    length: int = 21
+    chunk_size: int = 4
+    hidden: int = 5
+    ffn: int = 7
+    starts: tuple[tuple[int, ...], ...] = ()  # per row: tokens on which a document starts
+    padding: tuple[tuple[int, ...], ...] = ()  # per row: padding tokens
+    decay: float = 1.0
+    clip: Clip | None = None
+    normalize: Normalize = Normalize.NONE
+    has_carry: bool = False
+    uses_state: bool = True  # a gradient flows into the returned state
+    update_ratio: float = 0.1  # 0: a rate of zero
+    seed: int = 0
+
+    def mask(self, tokens: tuple[tuple[int, ...], ...]) -> Tensor | None:
+        if not tokens:
+            return None
+        mask = torch.zeros(self.batch, self.length, dtype=torch.bool)
+        for row, places in enumerate(tokens):
+            mask[row, list(places)] = True
+        return mask
+
+
+@dataclass(frozen=True)
+class Solution:
+    outputs: Tensor
+    state: Tensor
+    gradients: dict[str, Tensor]
+
+
+def inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "keys": draw(case.batch, case.length, case.ffn),
+        "source": draw(case.batch, case.length, case.hidden),
+        "conv": draw(case.hidden, 1, 5) / 2,
+        "proj": draw(case.hidden, case.hidden) / 2,
+        "weight": draw(case.hidden, case.ffn),
+        "carry": draw(case.batch, case.hidden, case.ffn),
+        "d_outputs": draw(case.batch, case.length, case.hidden),
+        "d_state": draw(case.batch, case.hidden, case.ffn),
+    }
+
+
+def learning_rate(case: Case) -> float:
+    """The rate at which everything the row could write is ``update_ratio`` of ``W0``."""
+    tensors = inputs(case)
+    summary = torch.einsum("btd,btf->bdf", tensors["source"] @ tensors["proj"], tensors["keys"])
+    rate = case.update_ratio * tensors["weight"].norm() / summary[0].norm()
+    if case.normalize is Normalize.KEY_ENERGY:
+        rate = rate * tensors["keys"].square().sum(dim=2).mean()
+    return float(rate)
+
+
+def differentiate(
+    case: Case, tensors: dict[str, Tensor], outputs: Tensor, state: Tensor
+) -> Solution:
+    loss = (outputs * tensors["d_outputs"]).sum()
+    if case.uses_state:
+        # Weighed by the rate so that no term drowns the others.
+        loss = loss + case.update_ratio * (state * tensors["d_state"]).sum()
+    wanted = [name for name in GRADIENTS if case.has_carry or name != "carry"]
+    gradients = torch.autograd.grad(loss, [tensors[name] for name in wanted], allow_unused=True)
+    return Solution(
+        outputs.detach(),
+        state.detach(),
+        {
+            name: torch.zeros_like(tensors[name]) if gradient is None else gradient
+            for name, gradient in zip(wanted, gradients, strict=True)
+        },
+    )
+
+
+def leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {
+        name: tensor.requires_grad_(name in GRADIENTS)
+        for name, tensor in inputs(case, dtype).items()
+    }
+
+
+def solve_reference(case: Case) -> Solution:
+    tensors = leaves(case, torch.float64)
+    layout = {
+        "chunk_size": case.chunk_size,
+        "document_starts": case.mask(case.starts),
+        "padding": case.mask(case.padding),
+        "normalize": case.normalize,
+    }
+    targets = reference_target(tensors["source"], tensors["conv"], tensors["proj"], **layout)
+    outputs, state = reference_fast_weight(
+        tensors["keys"],
+        targets,
+        tensors["weight"],
+        learning_rate=learning_rate(case),
+        carry_BDF=tensors["carry"] if case.has_carry else None,
+        decay=case.decay,
+        clip=case.clip,
+        **layout,
+    )
+    return differentiate(case, tensors, outputs, state)
+
+
+def solve_chunked(
+    case: Case,
+    *,
+    dtype: torch.dtype = torch.float64,
+    spans: int = 1,
+    exchange: Callable[[Tensor], CarryExchange] | None = None,
+    tokens_first: bool = False,
+) -> Solution:
+    """``exchange`` makes one from the spans' keeps; ``tokens_first``: Megatron's strides."""
+    tensors = leaves(case, dtype)
+    plan = plan_chunks(
+        case.mask(case.starts),
+        batch=case.batch,
+        length=case.length,
+        chunk_size=case.chunk_size,
+        decay=case.decay,
+        padding_BT=case.mask(case.padding),
+        device="cpu",
+    )
+    keys, source = tensors["keys"], tensors["source"]
+    if tokens_first:
+        keys = keys.transpose(0, 1).contiguous().transpose(0, 1)
+        source = source.transpose(0, 1).contiguous().transpose(0, 1)
+    targets = target_from_source(
+        source, tensors["conv"], tensors["proj"], plan=plan, normalize=case.normalize
+    )
+    output = fast_weight_spans(
+        keys,
+        targets,
+        tensors["weight"],
+        plan=plan,
+        learning_rate=learning_rate(case),
+        spans=spans,
+        exchange=exchange(plan.span_keeps(spans)) if exchange else None,
+        carry_BDF=tensors["carry"] if case.has_carry else None,
+        clip=case.clip,
+        normalize=case.normalize,
+    )
+    return differentiate(case, tensors, output.outputs_BTD, output.state_BDF)
+
+
+def assert_close(found: Solution, expected: Solution, *, tolerance: float) -> None:
+    """Each tensor within ``tolerance`` of its own norm, or of 0.01 if that is more."""
+    pairs = {
+        "outputs": (found.outputs, expected.outputs),
+        "state": (found.state, expected.state),
+        **{f"d_{k}": (found.gradients[k], g) for k, g in expected.gradients.items()},
+    }
+    for name, (tensor, wanted) in pairs.items():
+        error = (tensor.double() - wanted).norm()
+        assert error <= tolerance * max(float(wanted.norm()), 1e-2), (
+            f"{name}: {float(error):.2e} of {float(wanted.norm()):.2e}"
+        )
+
+
+class SpansInOrder:
+    """A carry exchange over spans that all lie here: the scan, one span after the other."""
+
+    def __init__(self, keeps_SB: Tensor) -> None:
+        self.keeps_SB = keeps_SB
+
+    def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> SpansInOrder:
+        spans = list(range(len(summaries_SBDF)))
+        if direction is Direction.REVERSE:
+            spans.reverse()
+        self.carries_SBDF = torch.zeros_like(summaries_SBDF)
+        for left, right in pairwise(spans):
+            keep_B = self.keeps_SB[left].to(summaries_SBDF.dtype)[:, None, None]
+            kept_BDF = torch.where(keep_B == 0, 0.0, keep_B * self.carries_SBDF[left])
+            self.carries_SBDF[right] = kept_BDF + summaries_SBDF[left]
+        return self
+
+    def wait(self) -> Tensor:
+        return self.carries_SBDF
+
+
+@st.composite
+def cases(draw: st.DrawFn, *, whole_spans: int | None = None) -> Case:
+    """Any layout; with ``whole_spans`` the length is that many equal runs of whole chunks."""
+    batch = draw(st.integers(1, 3))
+    chunk_size = draw(st.integers(1, 7))
+    if whole_spans is None:
+        length = draw(st.integers(1, 24))
+    else:
+        length = whole_spans * chunk_size * draw(st.integers(1, 3))
+    places = st.integers(0, length - 1)
+    on_edges = places.map(lambda t: t - t % chunk_size)
+    starts = st.lists(st.one_of(places, on_edges), max_size=4, unique=True).map(tuple)
+    count = st.integers(0, length)
+    padding = st.one_of(
+        st.just(()),
+        count.map(lambda n: tuple(range(n))),
+        count.map(lambda n: tuple(range(length - n, length))),
+        on_edges.map(lambda t: tuple(range(t, min(t + chunk_size, length)))),
+        st.lists(places, max_size=4, unique=True).map(tuple),
+    )
+    rows = {"min_size": batch, "max_size": batch}
+    clips = [None, Clip(0.03), Clip(0.5), Clip(0.3, ClipMode.ABSOLUTE)]
+    return Case(
+        batch=batch,
+        length=length,
+        chunk_size=chunk_size,
+        hidden=draw(st.sampled_from([1, 4, 5])),
+        ffn=draw(st.sampled_from([1, 6, 7])),
+        starts=draw(st.one_of(st.just(()), st.lists(starts, **rows).map(tuple))),
+        padding=draw(st.one_of(st.just(()), st.lists(padding, **rows).map(tuple))),
+        decay=draw(st.sampled_from([1.0, 1.0, 0.8])),
+        clip=draw(st.sampled_from([None, None, *clips])),
+        normalize=draw(st.sampled_from(list(Normalize))),
+        has_carry=draw(st.booleans()),
+        uses_state=draw(st.booleans()),
+        update_ratio=draw(st.sampled_from([0.05, 0.1, 0.3, 0.3, 0.0])),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def documents_case(**changes: object) -> Case:
+    """A packed batch with starts on and off chunk edges, padding, a carry: the usual fixed case."""
+    case = Case(
+        batch=2,
+        length=24,
+        chunk_size=4,
+        starts=((0, 6, 16), (9, 11, 20)),
+        padding=((22, 23), ()),
+        has_carry=True,
+        seed=3,
+    )
+    return replace(case, **changes)
