@@ -158,11 +158,11 @@ def _shard_faults(config: Config) -> Iterator[Fault]:
         "ffn_hidden_size": model.ffn_hidden_size,
         "hidden_size": model.hidden_size,
     }
-    for key, size in shards.items():
-        if tp >= 1 and size % tp:
-            valid = ", ".join(str(divisor) for divisor in _common_divisors(list(shards.values())))
-            message = f"model.{key}={size} is not a multiple of it; valid for this model: {valid}"
-            yield Fault("parallel.tp", tp, message)
+    uneven = [f"{key}={size}" for key, size in shards.items() if tp >= 1 and size % tp]
+    if uneven:
+        valid = ", ".join(str(divisor) for divisor in _common_divisors(list(shards.values())))
+        message = f"does not divide model.{', '.join(uneven)}; valid for this model: {valid}"
+        yield Fault("parallel.tp", tp, message)
     if derived.sequence_parallel(config.parallel) and tp == 1:
         yield Fault(
             "parallel.sequence_parallel", "on", "needs parallel.tp above 1; use auto or off"
@@ -193,15 +193,18 @@ def _sequence_faults(config: Config) -> Iterator[Fault]:
     tile = derived.cp_tile(config)
     if length % tile == 0:
         return
-    parts = [f"parallel.cp={parallel.cp} ({parallel.cp_order.name})"]
-    if derived.ttt_layers(config) and parallel.cp > 1:
-        parts.append(f"ttt.chunk_size={config.ttt.chunk_size}")
+    parts = []
+    if parallel.cp > 1:
+        parts.append(f"parallel.cp={parallel.cp} ({parallel.cp_order.name})")
+        if derived.ttt_layers(config):
+            parts.append(f"ttt.chunk_size={config.ttt.chunk_size}")
     if derived.sequence_parallel(parallel):
         parts.append(f"parallel.tp={parallel.tp} with sequence parallelism")
     yield Fault(
         "train.seq_length",
         length,
-        f"must be a multiple of {tile} for {', '.join(parts)}; nearest valid: {_nearest(length, tile)}",
+        f"must be a multiple of {tile} for {', '.join(parts)}; nearest valid:"
+        f" {_nearest(length, tile)}",
     )
 
 
