@@ -109,14 +109,9 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     files, jobs, manifest = _plan(options)
     folder = Path(f"{options.output}.partial")
     _check_outputs(options, folder, files)
-    if folder.is_dir() and not (folder / "manifest.json").is_file():
-        shutil.rmtree(folder)  # all that is left of it was already published or never begun
-    elif folder.is_dir():
-        _check_same_job(folder / "manifest.json", manifest)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        if not (folder / "manifest.json").is_file():
-            write_json(folder / "manifest.json", manifest)
+        _begin_or_continue(folder, manifest)
         reports, resumed = _run_shards(jobs, options.workers, progress)
         places = _Places(files, jobs, reports)
         stopped = next((report for report in reports if report.stopped), None)
@@ -199,8 +194,18 @@ def _check_outputs(options: PreprocessOptions, folder: Path, files: Sequence[Inp
             raise ValueError(f"{path} exists: choose another --output, or give --overwrite")
 
 
-def _check_same_job(path: Path, manifest: dict[str, Any]) -> None:
-    """:raises ValueError: the unfinished job beside the output is another one; names the change."""
+def _begin_or_continue(folder: Path, manifest: dict[str, Any]) -> None:
+    """Record the job in a new folder, or compare it with the unfinished one recorded there.
+
+    :raises ValueError: the unfinished job is another one; names what differs.
+    """
+    path = folder / "manifest.json"
+    if not path.is_file():
+        for rest in folder.iterdir():  # of a job that was published, or that never began
+            if rest.name != "lock":
+                rest.unlink()
+        write_json(path, manifest)
+        return
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

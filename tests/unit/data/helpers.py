@@ -1,0 +1,63 @@
+"""Small corpora and tokenizers that the tests of this folder share."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from megatron_ttt.data.indexed import IndexedWriter
+
+WORDS = [
+    "the file ",
+    "def read(",
+    "self, ",
+    "path): ",
+    "return ",
+    "世界 ",
+    "naïve ",
+    "x" * 37,
+    "\n",
+]
+
+
+def make_text(seed: int, length: int = 12) -> str:
+    """A reproducible text of ``length`` words, several bytes per character now and then."""
+    generator = np.random.default_rng(seed)
+    return "".join(WORDS[i] for i in generator.integers(len(WORDS), size=length)) + f"#{seed}"
+
+
+def save_tokenizer(
+    folder: Path,
+    *,
+    eos_token: str | None = "<|end|>",
+    pad_token: str | None = None,
+    merges: int = 60,
+) -> str:
+    """A byte-level BPE trained on the spot; ids 0 and 1 are ``<|end|>`` and ``<|pad|>``."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=258 + merges,
+        special_tokens=["<|end|>", "<|pad|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([make_text(i, 40) for i in range(20)], trainer)
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"eos_token": eos_token, "pad_token": pad_token}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    kept = {key: value for key, value in config.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    return str(folder)
+
+
+def write_dataset(prefix: Path, documents: list[list[int]]) -> str:
+    """A dataset without a sidecar."""
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with IndexedWriter(prefix, np.dtype(np.uint16)) as writer:
+        for document in documents:
+            writer.add(np.asarray(document))
+    return str(prefix)

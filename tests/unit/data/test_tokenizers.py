@@ -1,0 +1,97 @@
+"""Bytes and Hugging Face tokenizers: round trips, marks, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ttt.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from tests.unit.data.helpers import save_tokenizer
+
+TEXT = "Grüße, 世界!\n\tdef f(): pass\r\n"
+
+
+def test_bytes_are_the_text() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("aé") == [97, 195, 169]
+    assert tokenizer.encode_array("aé").tolist() == [97, 195, 169]
+    assert tokenizer.decode([*tokenizer.encode(TEXT), 256, 257]) == TEXT
+    assert tokenizer.decode([195]) == "�"
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.pad) == (258, 256, 257)
+
+
+def test_a_folders_tokenizer_round_trips(tmp_path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(save_tokenizer(tmp_path / "t"))
+    assert tokenizer.decode([*tokenizer.encode(TEXT), tokenizer.eod]) == TEXT
+    assert tokenizer.encode_array(TEXT).tolist() == tokenizer.encode(TEXT)
+    assert len(tokenizer.encode("the file the file")) < len("the file the file")
+    assert max(tokenizer.encode(TEXT)) < tokenizer.vocab_size
+
+
+def test_a_text_cannot_forge_a_document_end(tmp_path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(save_tokenizer(tmp_path / "t"))
+    text = "before <|end|> after"
+    assert tokenizer.eod not in tokenizer.encode(text)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_padding_with_the_end_token_is_no_padding(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "t", pad_token="<|end|>")
+    assert HuggingFaceTokenizer(folder).pad is None
+    assert HuggingFaceTokenizer(folder, pad=1).pad == 1
+    assert HuggingFaceTokenizer(save_tokenizer(tmp_path / "u", pad_token="<|pad|>")).pad == 1
+
+
+def test_identity_tells_tokenizers_apart(tmp_path: Path) -> None:
+    one = HuggingFaceTokenizer(save_tokenizer(tmp_path / "one")).identity
+    same = HuggingFaceTokenizer(save_tokenizer(tmp_path / "same")).identity
+    other = HuggingFaceTokenizer(save_tokenizer(tmp_path / "other", merges=90)).identity
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+    assert type(one).from_dict(json.loads(json.dumps(one.as_dict()))) == one
+
+
+def test_the_transformers_library_agrees(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = save_tokenizer(tmp_path / "t")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ours = HuggingFaceTokenizer(folder)
+    assert theirs.encode(TEXT, add_special_tokens=False) == ours.encode(TEXT)
+    assert (theirs.eos_token_id, len(theirs)) == (ours.eod, ours.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eod": 1, "pad": 1}, "share the id 1"),
+        ({"eod": 100_000}, "end-of-document id 100000 is outside 0"),
+        ({"pad": -1}, "padding id -1 is outside 0"),
+    ],
+)
+def test_unusable_marks(tmp_path: Path, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HuggingFaceTokenizer(save_tokenizer(tmp_path / "t"), **options)
+
+
+def test_unusable_tokenizers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names no end-of-sequence token"):
+        HuggingFaceTokenizer(save_tokenizer(tmp_path / "no_end", eos_token=None))
+    with pytest.raises(ValueError, match="which it does not have"):
+        HuggingFaceTokenizer(save_tokenizer(tmp_path / "wrong_end", eos_token="<eos>"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="cannot be read"):
+        HuggingFaceTokenizer(str(broken))
+    with pytest.raises(ValueError, match="fixed: end of document 256"):
+        load_tokenizer("bytes", eod=3)
+    with pytest.raises(ValueError, match="unknown tokenizer kind 'words'"):
+        load_tokenizer("words")
+    with pytest.raises(ValueError, match="needs the name"):
+        load_tokenizer("huggingface")
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="cannot be loaded") as raised:
+        HuggingFaceTokenizer(str(tmp_path))
+    assert "\n" not in str(raised.value)
