@@ -13,6 +13,7 @@ import fcntl
 import json
 import multiprocessing
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -274,8 +275,18 @@ def _mapper(workers: int) -> Iterator[Callable[..., Any]]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=exit_with_parent) as pool:
+
+        def submit(function: Callable[..., Any], jobs: Sequence[Any]) -> Iterator[Any]:
+            # A terminal's interrupt goes to every process, also to one that still imports; the
+            # workers, started here, inherit the blocked signal, and the program alone answers it.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                return pool.map(function, jobs)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
         try:
-            yield pool.map
+            yield submit
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

@@ -61,7 +61,9 @@ def test_the_summary(corpus: Path, whole: Path) -> None:
 def start_and_wait_for_shards(corpus: Path, prefix: Path) -> subprocess.Popen[str]:
     """A running job of about 400 shards that has finished a few."""
     arguments = [str(corpus), "--output", str(prefix), "--workers", "2", "--shard-bytes", "900"]
-    running = subprocess.Popen([*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     reports = Path(f"{prefix}.partial")
     deadline = time.monotonic() + 30
     while len(list(reports.glob("shard-*.json"))) < SHARDS_BEFORE_KILL:
@@ -103,6 +105,20 @@ def test_a_killed_worker_ends_the_job_and_keeps_its_part(
     assert running.returncode == 1
     assert "a worker was killed" in errors
     assert "start again to continue" in errors
+    again = run(corpus, "--output", prefix, "--shard-bytes", 900)
+    assert again.returncode == 0, again.stderr
+    assert outputs(prefix) == outputs(whole)
+
+
+def test_interrupted_from_the_keyboard(corpus: Path, whole: Path, tmp_path: Path) -> None:
+    prefix = tmp_path / "out"
+    running = start_and_wait_for_shards(corpus, prefix)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers too
+    _, errors = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert errors == (
+        f"interrupted; the finished part is kept in {prefix}.partial: start again to continue\n"
+    )
     again = run(corpus, "--output", prefix, "--shard-bytes", 900)
     assert again.returncode == 0, again.stderr
     assert outputs(prefix) == outputs(whole)
