@@ -9,11 +9,13 @@ import sys
 
 from megatron_ttt.config.load import run_with_config
 from megatron_ttt.config.schema import Config
+from megatron_ttt.training.quiet import quiet_libraries
 
 
 def pretrain(config: Config) -> int:
     """The training run; its exit status."""
     # torch and megatron-core take seconds to import: a mistake is reported before that
+    quiet_libraries()
     from megatron_ttt.training.loop import pretrain as run
 
     return run(config)

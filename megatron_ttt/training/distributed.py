@@ -108,9 +108,7 @@ def distributed(config: Config) -> Iterator[Ranks]:
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=config.parallel.timeout_s),
-            **(
-                {} if world_size > 1 or "MASTER_ADDR" in os.environ else {"store": dist.HashStore()}
-            ),
+            store=dist.HashStore() if world_size == 1 else None,
         )
         try:
             with model_parallel(config) as ranks:

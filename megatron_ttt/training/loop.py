@@ -17,6 +17,7 @@ from rich.console import Console
 
 from megatron_ttt.config.derived import micro_batches, ttt_layers, warmup_steps
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.run_directory import CONFIG_FILE
 from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transformer_config
 from megatron_ttt.data.batches import DataStreams, build_data
@@ -95,7 +96,29 @@ def pretrain(config: Config) -> int:
         console = Console(quiet=not ranks.is_first)
         trainer = build_trainer(config, ranks)
         progress = start(trainer, console)
-        data = build_data(
+        data = open_data(config, ranks, progress)
+        reporter = None
+        if ranks.is_first:  # nothing is written before everything that can be refused has passed
+            folder = Path(config.run.dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(OmegaConf.create(_as_dict(config)), folder / CONFIG_FILE)
+            reporter = Reporter(config, _as_dict(config), console, done=progress.step)
+            stack.callback(reporter.close)
+            reporter.file.cut_to(progress.metrics_bytes)
+        train(trainer, data, progress, reporter, console)
+    if ranks.is_first:
+        finish(config, console)
+    return 0
+
+
+def open_data(config: Config, ranks: Ranks, progress: Progress) -> DataStreams:
+    """The corpus, read from where the run stands.
+
+    Raises:
+        ConfigError: whatever is wrong with the data, in one line.
+    """
+    try:
+        return build_data(
             config,
             dp_rank=ranks.data_rank,
             dp_size=ranks.data_size,
@@ -104,15 +127,8 @@ def pretrain(config: Config) -> int:
             is_builder=ranks.is_first,
             barrier=dist.barrier,
         )
-        reporter = None
-        if ranks.is_first:
-            reporter = Reporter(config, _as_dict(config), console, done=progress.step)
-            reporter.file.cut_to(progress.metrics_bytes)
-            stack.callback(reporter.close)
-        train(trainer, data, progress, reporter, console)
-    if ranks.is_first:
-        finish(config, console)
-    return 0
+    except ValueError as error:
+        raise ConfigError([Fault("data.path", config.data.path, str(error))]) from error
 
 
 def build_trainer(config: Config, ranks: Ranks) -> Trainer:
@@ -157,6 +173,16 @@ def start(trainer: Trainer, console: Console) -> Progress:
         folder = checkpoint.newest(root, ranks, console.print)
     elif config.run.resume != "never":
         folder = Path(config.run.resume)
+    elif list(root.glob("step_*")):
+        raise ConfigError(
+            [
+                Fault(
+                    "run.resume",
+                    "never",
+                    f"{root} holds checkpoints; use run.resume=auto or another run.dir",
+                )
+            ]
+        )
     if folder is not None:
         try:
             progress, facts = checkpoint.verified(folder, ranks)
@@ -182,9 +208,6 @@ def start(trainer: Trainer, console: Console) -> Progress:
             ranks=ranks,
         )
         console.print(f"weights from {config.checkpoint.load}")
-    if ranks.is_first:
-        Path(config.run.dir).mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(_as_dict(config)), Path(config.run.dir) / "config.yaml")
     return Progress(step=0, consumed_samples=0, consumed_tokens=0, metrics_bytes=0)
 
 
@@ -196,7 +219,7 @@ def train(
     console: Console,
 ) -> None:
     """Steps, validations and checkpoints until ``train.steps`` are done."""
-    config, ranks = trainer.config, trainer.ranks
+    config = trainer.config
     batch = config.train.global_batch_size
     for step in range(progress.step + 1, config.train.steps + 1):
         began = time.monotonic()
@@ -260,14 +283,14 @@ def _save(trainer: Trainer, progress: Progress, console: Console) -> None:
 
 def _validate(trainer: Trainer, data: DataStreams) -> Row:
     """Validation loss with fast weights on and, from the same weights, off."""
-    losses: Row = {
-        "validation/loss": trainer.validation_loss(data.validation_iterator(), TTTMode.in_place)
-    }
+    assert data.validation_iterator is not None
+    modes = {"validation/loss": trainer.config.ttt.mode}
     if ttt_layers(trainer.config):
-        losses["validation/loss_ttt_off"] = trainer.validation_loss(
-            data.validation_iterator(), TTTMode.off
-        )
-    return losses
+        modes["validation/loss_ttt_off"] = TTTMode.off
+    return {
+        name: trainer.validation_loss(data.validation_iterator(), mode)
+        for name, mode in modes.items()
+    }
 
 
 def _health(trainer: Trainer, observations: Observations) -> Row:

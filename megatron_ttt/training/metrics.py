@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -137,7 +138,7 @@ class Wandb:
 
         id_file = folder / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         self._run = wandb.init(
             project=logging.wandb_project,
             entity=logging.wandb_entity,

@@ -93,7 +93,7 @@ class ForwardStep:
         self.observations.tokens += batch.tokens_BT.numel()
         self.observations.pairs += visible_pairs(
             batch.document_starts_BT if self.config.data.reset_attention else None,
-            shape=tuple(batch.tokens_BT.shape),
+            shape=(batch.tokens_BT.shape[0], batch.tokens_BT.shape[1]),
             window=self.config.model.sliding_window,
         )
         return output, partial(_token_losses, counted)

@@ -31,7 +31,7 @@ from megatron_ttt.config.schema import (
     TTTConfig,
 )
 from megatron_ttt.data.batches import Batch
-from megatron_ttt.model.initialize import Draw, global_parameters, initialize
+from megatron_ttt.model.initialize import Draw, global_parameters, initialize, sharded_dim
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import Trainer, build_trainer
@@ -174,14 +174,14 @@ def run_training(
     ranks: int,
     config: Config,
     steps: int,
-    draw: Draw = live_draw,
+    draw: Draw | None = None,
     fault: Fault = no_fault,
 ) -> RunReport:
     """Train ``steps`` steps on this rank and report; called through the pool."""
     report = RunReport()
     with megatron_on_cpu(), model_parallel(config) as here:
         trainer = build_trainer(config, here)
-        redraw(trainer, draw)
+        redraw(trainer, draw or live_draw)
         with fault(trainer):
             for step in range(steps):
                 batch = global_batch(config, step, packed=config.data.reset_fast_weights)
@@ -232,10 +232,8 @@ def gradients(trainer: Trainer) -> dict[str, tuple[int, int | None, Tensor]]:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=groups.dp_cp)
     found = {}
     for name, parameter in global_parameters(trainer.stage):
-        axis = (
-            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        )
-        found[name] = (groups.tp.rank(), axis, parameter.main_grad.detach().clone())
+        gradient = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
+        found[name] = (groups.tp.rank(), sharded_dim(parameter), gradient)
     return found
 
 

@@ -1,0 +1,247 @@
+"""Every layout trains the same model: gradients at step 1, twenty losses, gradient norms.
+
+Bounds are the design's (proof, point 2): 1e-4 relative norm for every parameter's gradient before
+clipping, 2e-5 relative for each of 20 losses, 5e-4 for gradient norms, in fp32. Loss curves alone
+prove little: with AdamW a gradient twice too large moves them by less than 1e-4. So faults that
+are the typical mistakes are planted, and must be found.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ttt.config.schema import (
+    ClipConfig,
+    ClipMode,
+    Config,
+    CPOrder,
+    Normalize,
+    Recompute,
+    ScanAlgorithm,
+    TargetSource,
+    Toggle,
+)
+from megatron_ttt.training.loop import Trainer
+from tests.distributed.training_runs import (
+    Fault,
+    RunReport,
+    no_fault,
+    run_training,
+    tiny_config,
+    whole_gradients,
+)
+from tests.pool import RankPool
+
+STEPS = 20
+GRADIENT_BOUND, LOSS_BOUND, NORM_BOUND = 1e-4, 2e-5, 5e-4
+
+FULL = {"recompute": Recompute.full}
+SELECTIVE = {"recompute": Recompute.selective, "recompute_modules": ("core_attn", "mlp")}
+CONTIGUOUS = {"cp_order": CPOrder.contiguous}
+DENSE = {"packed": False}
+EMBEDDINGS = {
+    "target": TargetSource.input_embeddings,
+    "normalize": Normalize.key_energy,
+    "eta": 0.3,
+}
+
+CASES = [
+    # ranks, layout and variant; the one-rank run of the same variant is what it must equal
+    (2, {"tp": 2}),
+    (2, {"tp": 2, **DENSE, **FULL}),
+    (2, {"tp": 2, "sequence_parallel": Toggle.off}),
+    (2, {"tp": 2, "sequence_parallel": Toggle.off, **DENSE, **SELECTIVE}),
+    (2, {"tp": 2, **EMBEDDINGS}),
+    (2, {"tp": 2, "sequence_parallel": Toggle.off, **EMBEDDINGS, **FULL}),
+    (2, {"cp": 2}),
+    (2, {"cp": 2, **DENSE, **FULL}),
+    (2, {"cp": 2, **EMBEDDINGS, **SELECTIVE}),
+    (2, {"cp": 2, **CONTIGUOUS}),
+    (2, {"cp": 2, **CONTIGUOUS, **DENSE}),
+    (4, {"cp": 4}),
+    (4, {"cp": 4, **DENSE}),
+    (4, {"cp": 4, **CONTIGUOUS, **EMBEDDINGS}),
+    (2, {"pp": 2}),
+    (2, {"pp": 2, **DENSE, **FULL}),
+    (2, {"pp": 2, "tied": False}),
+    (2, {}),  # dp = 2
+    (2, {**DENSE}),
+    (2, {**EMBEDDINGS, **FULL}),
+    (2, {"distributed_optimizer": False}),
+    (4, {"tp": 2, "cp": 2}),
+    (4, {"tp": 2, "cp": 2, **DENSE, **SELECTIVE}),
+    (4, {"tp": 2, "cp": 2, **EMBEDDINGS}),
+    (4, {"pp": 2, "cp": 2}),
+    (4, {"pp": 2, "cp": 2, **DENSE, **FULL}),
+    (4, {"tp": 2, "pp": 2}),
+    (4, {"tp": 2, "pp": 2, **DENSE, **SELECTIVE}),
+    (4, {"cp": 2, **FULL}),  # cp = 2, dp = 2
+]
+
+
+def case_id(case: tuple[int, dict[str, Any]]) -> str:
+    ranks, changes = case
+    words = [f"{key}={getattr(value, 'value', value)}" for key, value in changes.items()]
+    return "-".join([f"{ranks} ranks", *words])
+
+
+class Baselines:
+    """One-rank runs, each made once."""
+
+    def __init__(self, pool: RankPool) -> None:
+        self.run = cache(lambda changes: self._run(pool, dict(changes)))
+
+    def of(self, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:
+        """The one-rank run of a variant: layout and recomputation do not change what it is."""
+        layout = ("tp", "cp", "pp", "sequence_parallel", "cp_order", "recompute")
+        layout += ("recompute_modules", "distributed_optimizer", "scan")
+        variant = {key: value for key, value in changes.items() if key not in layout}
+        return self.run(tuple(sorted(variant.items(), key=lambda item: item[0])))
+
+    def _run(self, pool: RankPool, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:
+        reports = pool.run(run_training, configure(changes), STEPS, ranks=1, timeout=120)
+        return reports[0], whole_gradients(reports)
+
+
+@pytest.fixture(scope="module")
+def baselines(pool: RankPool) -> Baselines:
+    return Baselines(pool)
+
+
+def configure(changes: dict[str, Any]) -> Config:
+    """A tiny configuration; ``decay`` and ``clip`` belong to its fast weights."""
+    changes = dict(changes)
+    fast = {key: changes.pop(key) for key in ("decay", "clip") if key in changes}
+    config = tiny_config(**changes)
+    return replace(config, ttt=replace(config.ttt, **fast))
+
+
+def compare(
+    pool: RankPool,
+    baselines: Baselines,
+    ranks: int,
+    changes: dict[str, Any],
+    *,
+    fault: Fault = no_fault,
+    steps: int = STEPS,
+) -> list[str]:
+    """Run a layout; what differs from one rank by more than the bounds, in words."""
+    one, one_gradients = baselines.of(changes)
+    ratios = [ratio for step in one.ratios for ratio in step.values()]
+    assert min(ratios) > 0.02 and max(ratios) < 0.6, f"fast weights not alive: {ratios}"
+    args = (configure(changes), steps, None, fault)
+    reports = pool.run(run_training, *args, ranks=ranks, timeout=150)
+    gradients = whole_gradients(reports)
+    assert gradients.keys() == one_gradients.keys()
+    wrong = []
+    for name, expected in one_gradients.items():
+        error = float((gradients[name] - expected).norm() / expected.norm())
+        if not error < GRADIENT_BOUND:
+            wrong.append(f"gradient of {name}: {error:.1e}")
+    for report in reports:
+        pairs = zip(report.losses, one.losses[:steps], strict=True)
+        loss_error = max(abs(a / b - 1) for a, b in pairs)
+        norm_pairs = zip(report.grad_norms, one.grad_norms[:steps], strict=True)
+        norm_error = max(abs(a / b - 1) for a, b in norm_pairs)
+        if not loss_error < LOSS_BOUND:
+            wrong.append(f"losses: {loss_error:.1e}")
+        if not norm_error < NORM_BOUND:
+            wrong.append(f"gradient norms: {norm_error:.1e}")
+        for step, (mine, whole) in enumerate(zip(report.ratios, one.ratios, strict=False)):
+            for layer, ratio in whole.items():
+                if abs(mine[layer] / ratio - 1) > 1e-3:
+                    wrong.append(f"update ratio of layer {layer}, step {step}")
+    return wrong
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_layout_equals_one_rank(
+    pool: RankPool, baselines: Baselines, case: tuple[int, dict[str, Any]]
+) -> None:
+    assert compare(pool, baselines, *case) == []
+
+
+@pytest.mark.parametrize("scan", [ScanAlgorithm.all_gather, ScanAlgorithm.all_to_all])
+def test_every_scan_algorithm_equals_one_rank(
+    pool: RankPool, baselines: Baselines, scan: ScanAlgorithm
+) -> None:
+    assert compare(pool, baselines, 4, {"cp": 4, "scan": scan}, steps=5) == []
+
+
+def test_decay_and_clip_equal_one_rank(pool: RankPool, baselines: Baselines) -> None:
+    changes = {"decay": 0.9, "clip": ClipConfig(ClipMode.relative, 0.05), "eta": 0.02}
+    assert compare(pool, baselines, 4, {"tp": 2, "cp": 2, **changes}, steps=5) == []
+
+
+def _double(trainer: Trainer, ending: str) -> Iterator[None]:
+    handles = [
+        parameter.register_hook(lambda gradient: 2 * gradient)
+        for name, parameter in trainer.stage.named_parameters()
+        if name.endswith(ending) and "0.mlp" in name
+    ]
+    assert handles
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@contextmanager
+def doubled_conv(trainer: Trainer) -> Iterator[None]:
+    yield from _double(trainer, "ttt_conv.weight")
+
+
+@contextmanager
+def doubled_projection(trainer: Trainer) -> Iterator[None]:
+    yield from _double(trainer, "ttt_proj.weight")
+
+
+@contextmanager
+def doubled_slow_weight(trainer: Trainer) -> Iterator[None]:
+    yield from _double(trainer, "linear_fc2.weight")
+
+
+@contextmanager
+def scan_backward_cut(trainer: Trainer) -> Iterator[None]:
+    from megatron_ttt.fast_weights.sweeps import Direction
+    from megatron_ttt.parallel.scan import SpanExchange
+
+    start = SpanExchange.start
+
+    class Nothing:
+        def __init__(self, like: Tensor) -> None:
+            self.like = like
+
+        def wait(self) -> Tensor:
+            return torch.zeros_like(self.like)
+
+    def cut(self: SpanExchange, summaries: Tensor, *, direction: Direction) -> Any:
+        if direction is Direction.REVERSE:
+            return Nothing(summaries)
+        return start(self, summaries, direction=direction)
+
+    with mock.patch.object(SpanExchange, "start", cut):
+        yield
+
+
+@pytest.mark.parametrize(
+    ("fault", "layout", "named"),
+    [
+        (doubled_conv, {"cp": 2}, "ttt_conv"),
+        (doubled_projection, {"tp": 2}, "ttt_proj"),
+        (doubled_slow_weight, {"pp": 2}, "linear_fc2"),
+        (scan_backward_cut, {"cp": 2}, "ttt_"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_planted_faults_are_found(
+    pool: RankPool, baselines: Baselines, fault: Fault, layout: dict[str, Any], named: str
+) -> None:
+    wrong = compare(pool, baselines, 2, layout, fault=fault, steps=1)
+    assert any(line.startswith("gradient of") and named in line for line in wrong), wrong
