@@ -10,9 +10,11 @@ whatever the number of steps, ranks or micro-batches.
 
 import dataclasses
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,6 +65,11 @@ class EpochDataset(GPTDataset):
         self._length = max(num_samples or 0, self.epoch_samples)
         self._permutation: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
 
+    def _build_document_sample_shuffle_indices(self) -> Any:
+        names = ("document_index", "sample_index", "shuffle_index")
+        _discard_damaged(self, self.index_split, names)
+        return super()._build_document_sample_shuffle_indices()
+
     def __len__(self) -> int:
         return self._length
 
@@ -79,6 +86,34 @@ class EpochDataset(GPTDataset):
             generator = np.random.Generator(np.random.Philox(key=[self.config.random_seed, epoch]))
             self._permutation = (epoch, generator.permutation(self.epoch_samples))
         return self._permutation[1]
+
+
+class Blend(BlendedDataset):
+    """Megatron's blend, which survives a start that was killed while it cached its indices."""
+
+    def _build_indices(self) -> Any:
+        _discard_damaged(self, self.split, ("dataset_index", "dataset_sample_index"))
+        return super()._build_indices()
+
+
+def _discard_damaged(dataset: Any, split: Split, names: Sequence[str]) -> None:
+    """Delete cached indices that cannot be read: Megatron takes a file that exists for a good one.
+
+    Only by the rank that would build them again; the others wait behind a barrier meanwhile.
+    """
+    folder = dataset.config.path_to_cache
+    if folder is None or (torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
+        return
+    for name in names:
+        stem = f"{dataset.unique_description_hash}-{type(dataset).__name__}-{split.name}"
+        path = Path(folder) / f"{stem}-{name}.npy"
+        try:
+            np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            continue
+        except (ValueError, EOFError, OSError) as error:
+            warnings.warn(f"{path} is damaged ({error}) and built again", stacklevel=2)
+            path.unlink()
 
 
 class _IndexKey:
@@ -167,7 +202,7 @@ def build_samples(
         config = dataclasses.replace(config, path_to_cache=None)
     blend: torch.utils.data.Dataset[dict[str, Tensor]] = (
         BlendedMegatronDatasetBuilder.build_generic_dataset(
-            BlendedDataset, lambda: True, True, datasets, weights, samples, config
+            Blend, lambda: True, True, datasets, weights, samples, config
         )
     )
     return blend

@@ -231,6 +231,19 @@ def test_stale_indices_are_not_used(tmp_path: Path) -> None:
     assert max(token for text in found.values() for token in text if token != 256) < 32
 
 
+@pytest.mark.parametrize("name", ["document_index", "sample_index", "shuffle_index"])
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_damaged_cached_indices_are_built_again(tmp_path: Path, name: str, kept: int) -> None:
+    """A start killed while it wrote them must not break every later one."""
+    made = config(tmp_path, write_dataset(tmp_path / "d", numbered_documents(200)))
+    before = texts(build(made).train_iterator)
+    (path,) = (tmp_path / "cache").glob(f"*{name}.npy")
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.warns(UserWarning, match=f"{name}.npy is damaged"):
+        again = build(made)
+    assert texts(again.train_iterator) == before
+
+
 def test_the_standard_library(tmp_path: Path) -> None:
     made = config(tmp_path, None, source=DataSource.python_stdlib, split="99,1,0")
     made.train.seq_length = 1024
