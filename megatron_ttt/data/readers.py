@@ -36,7 +36,7 @@ class Damage(Enum):
     missing_field = "missing_field"  # no such key, or a null
     not_text = "not_text"  # the field is no string
     undecodable = "undecodable"  # not UTF-8, or half a surrogate pair
-    unreadable = "unreadable"  # a damaged row group, lost whole
+    unreadable = "unreadable"  # a row group, from its damage on
     empty = "empty"  # no characters; counted, but no reason to stop
 
 
