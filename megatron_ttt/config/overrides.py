@@ -91,7 +91,9 @@ def _group_faults(
     group, options = override.key_or_group, groups[override.key_or_group]
     if override.is_delete():
         return []
-    names = override.value()
+    names: Any = override.value()
+    if override.is_sweep_override():
+        names = list(override.sweep_iterator())
     for name in names if isinstance(names, list) else [names]:
         if str(name) not in options:
             known = f"{suggest(str(name), options)}choose one of {', '.join(options)}"

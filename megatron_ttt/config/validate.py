@@ -216,7 +216,7 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
     optimizer = config.optimizer
     yield from _below("optimizer.lr", optimizer.lr, 0)
     yield from _below("optimizer.min_lr", optimizer.min_lr, 0)
-    if optimizer.min_lr > optimizer.lr:
+    if optimizer.min_lr > optimizer.lr >= 0:
         yield Fault("optimizer.min_lr", optimizer.min_lr, f"is above optimizer.lr={optimizer.lr:g}")
     if not 0 <= optimizer.warmup_fraction < 1:
         yield Fault("optimizer.warmup_fraction", optimizer.warmup_fraction, "must lie in [0, 1)")
