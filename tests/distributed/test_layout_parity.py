@@ -52,6 +52,12 @@ EMBEDDINGS = {
     "eta": 0.3,
 }
 
+# What a layout is; the rest of a case says which model is trained.
+LAYOUT_KEYS = {
+    *("tp", "cp", "pp", "sequence_parallel", "cp_order", "scan"),
+    *("recompute", "recompute_modules", "distributed_optimizer"),
+}
+
 CASES = [
     # ranks, layout and variant; the one-rank run of the same variant is what it must equal
     (2, {"tp": 2}),
@@ -100,9 +106,7 @@ class Baselines:
 
     def of(self, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:
         """The one-rank run of a variant: layout and recomputation do not change what it is."""
-        layout = ("tp", "cp", "pp", "sequence_parallel", "cp_order", "recompute")
-        layout += ("recompute_modules", "distributed_optimizer", "scan")
-        variant = {key: value for key, value in changes.items() if key not in layout}
+        variant = {key: value for key, value in changes.items() if key not in LAYOUT_KEYS}
         return self.run(tuple(sorted(variant.items(), key=lambda item: item[0])))
 
     def _run(self, pool: RankPool, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:

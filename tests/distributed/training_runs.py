@@ -213,10 +213,10 @@ def train_one(trainer: Trainer, batch: Batch, report: RunReport, *, keep_gradien
             report.gradients = gradients(trainer)
             return original()
 
-        trainer.optimizer.step = step_and_keep  # type: ignore[method-assign]
+        trainer.optimizer.step = step_and_keep
     data = micro_batches_of(batch, trainer.config, trainer.ranks)
     loss, grad_norm, observations = trainer.train_step(data)
-    trainer.optimizer.step = original  # type: ignore[method-assign]
+    trainer.optimizer.step = original
     report.losses.append(loss.mean)
     report.grad_norms.append(grad_norm)
     report.ratios.append(update_ratios(observations, trainer.stage, trainer.config, trainer.ranks))
@@ -232,7 +232,7 @@ def gradients(trainer: Trainer) -> dict[str, tuple[int, int | None, Tensor]]:
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=groups.dp_cp)
     found = {}
     for name, parameter in global_parameters(trainer.stage):
-        gradient = parameter.main_grad.detach().clone()  # type: ignore[attr-defined]
+        gradient: Tensor = getattr(parameter, "main_grad").detach().clone()  # noqa: B009
         found[name] = (groups.tp.rank(), sharded_dim(parameter), gradient)
     return found
 
