@@ -117,6 +117,7 @@ def _key_faults(override: Override, groups: dict[str, list[str]]) -> list[Fault]
     """Whether the key exists in the schema and its type takes the value."""
     key = override.key_or_group
     annotation: Any = Config
+    owner: Any = Config
     known: list[str] = []
     prefix = ""
     for part in key.split("."):
@@ -128,14 +129,14 @@ def _key_faults(override: Override, groups: dict[str, list[str]]) -> list[Fault]
             value = "" if override.is_delete() else override.get_value_string()
             return [Fault(key, value, _unknown_key(part, prefix, list(fields) or known, groups))]
         known = list(fields)
-        annotation = fields[part]
+        owner, annotation = inner, fields[part]
         prefix = f"{prefix}{part}."
     if override.is_delete():
         return [Fault(f"~{key}", "", "keys cannot be removed; set it to a value, or to null")]
     if override.is_add() and not override.is_force_add():
         value = override.get_value_string()
         return [Fault(f"+{key}", value, f"the key exists; write {key}={value}")]
-    return _value_faults(override, annotation)
+    return _value_faults(override, owner, annotation)
 
 
 def _unknown_key(part: str, prefix: str, known: list[str], groups: dict[str, list[str]]) -> str:
@@ -144,12 +145,13 @@ def _unknown_key(part: str, prefix: str, known: list[str], groups: dict[str, lis
     return f"no such key; {suggest(part, names)}{where}{', '.join(names)}"
 
 
-def _value_faults(override: Override, annotation: Any) -> list[Fault]:
+def _value_faults(override: Override, owner: Any, annotation: Any) -> list[Fault]:
+    """Whether the field of dataclass ``owner`` that the override names takes its value."""
     key, value = override.key_or_group, override.value()
     if isinstance(value, str) and "${" in value:
         return []  # an interpolation: resolved, and checked, with the whole
     try:
-        OmegaConf.update(OmegaConf.structured(Config), key, value, merge=True)
+        OmegaConf.update(OmegaConf.structured(owner), key.split(".")[-1], value, merge=True)
     except OmegaConfBaseException:
         message = f"must be {_expected(annotation)}"
         inner = _strip_optional(annotation)

@@ -16,6 +16,8 @@ class Family(Enum):
 
     qwen3 = "qwen3"
     llama = "llama"
+    qwen2 = "qwen2"
+    mistral = "mistral"
 
 
 class RopeScaling(Enum):

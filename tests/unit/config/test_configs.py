@@ -19,6 +19,7 @@ from megatron_ttt.config.schema import (
     TTTMode,
 )
 from megatron_ttt.config.validate import validate
+from tests.unit.config.compose import configured
 
 GROUPS = group_options(CONFIG_DIR)
 CORPUS = "data.path=corpus"
@@ -162,8 +163,8 @@ def test_the_command_line_wins() -> None:
     assert config.data.path == "corpus"
     assert config.train.steps == 7
     assert config.ttt.mode is TTTMode.off
-    reordered = load_config([*words, "+model=tiny"])
-    assert reordered == config
+    assert load_config([*words, "+model=tiny"]) == config
+    assert configured("+model=tiny", *words) == config, "the shortcut of the tests beside this one"
 
 
 def test_an_experiment_with_another_model() -> None:

@@ -4,21 +4,22 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ttt.config.load import load_config, to_yaml
+from megatron_ttt.config.load import to_yaml
 from megatron_ttt.config.run_directory import CONFIG_FILE, changed_keys, run_directory_faults
+from tests.unit.config.compose import configured
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The directory of a started run."""
-    config = load_config(["+model=tiny", f"run.dir={tmp_path}"])
+    config = configured("+model=tiny", f"run.dir={tmp_path}")
     (tmp_path / CONFIG_FILE).write_text(to_yaml(config))
     return tmp_path
 
 
 def lines(run: Path, *words: str) -> list[str]:
     """Lines of the faults of starting again in that directory."""
-    config = load_config(["+model=tiny", f"run.dir={run}", *words])
+    config = configured("+model=tiny", f"run.dir={run}", *words)
     return [fault.line() for fault in run_directory_faults(config)]
 
 

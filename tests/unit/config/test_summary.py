@@ -2,13 +2,13 @@
 
 import pytest
 
-from megatron_ttt.config.load import load_config
 from megatron_ttt.config.summary import (
     parameter_counts,
     state_bytes,
     summarize,
     training_flops_per_token,
 )
+from tests.unit.config.compose import configured
 
 # elements that the released checkpoints hold (a tied output layer counts once)
 RELEASED = {
@@ -23,15 +23,15 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_totals_are_those_of_the_released_checkpoints(name: str) -> None:
-    plain = parameter_counts(load_config([f"+model={name}", "ttt=off"]))
+    plain = parameter_counts(configured(f"+model={name}", "ttt=off"))
     assert (plain.total, plain.fast, plain.added) == (RELEASED[name], 0, 0)
-    fast = parameter_counts(load_config([f"+model={name}"]))
+    fast = parameter_counts(configured(f"+model={name}"))
     assert fast.total - fast.added == plain.total
 
 
 def test_fast_and_added() -> None:
     def counts(*words: str) -> tuple[int, int]:
-        found = parameter_counts(load_config(["+model=qwen3_4b", "ttt.layers=[0,35]", *words]))
+        found = parameter_counts(configured("+model=qwen3_4b", "ttt.layers=[0,35]", *words))
         return found.fast, found.added
 
     assert counts() == (2 * 2560 * 9728, 2 * (2560 * 2560 + 5 * 2560))
@@ -40,8 +40,8 @@ def test_fast_and_added() -> None:
 
 
 def test_biases_are_counted() -> None:
-    plain = parameter_counts(load_config(["+model=tiny"])).total
-    biased = parameter_counts(load_config(["+model=tiny", "model.attention_bias=true"])).total
+    plain = parameter_counts(configured("+model=tiny")).total
+    biased = parameter_counts(configured("+model=tiny", "model.attention_bias=true")).total
     assert biased - plain == 6 * (4 + 2 + 2) * 64
 
 
@@ -50,9 +50,9 @@ def test_biases_are_counted() -> None:
     [("qwen3_4b", 100), ("qwen3_8b", 201), ("llama3_1_8b", 235), ("qwen3_14b", 357)],
 )
 def test_state_sizes(name: str, megabytes: int) -> None:
-    assert round(state_bytes(load_config([f"+model={name}"])) / 1e6) in (megabytes, megabytes - 1)
-    halved = load_config([f"+model={name}", "parallel.tp=2"])
-    assert 2 * state_bytes(halved) == state_bytes(load_config([f"+model={name}"]))
+    assert round(state_bytes(configured(f"+model={name}")) / 1e6) in (megabytes, megabytes - 1)
+    halved = configured(f"+model={name}", "parallel.tp=2")
+    assert 2 * state_bytes(halved) == state_bytes(configured(f"+model={name}"))
 
 
 def test_flops_of_a_model_counted_by_hand() -> None:
@@ -63,10 +63,10 @@ def test_flops_of_a_model_counted_by_hand() -> None:
     scores = 4 * 256 * pairs / 4
     mlp, output = 3 * 2 * 256 * 768, 2 * 256 * 258
     dense = 3 * (attention + scores + mlp + output)
-    assert training_flops_per_token(load_config([*words, "ttt=off"])) == dense
+    assert training_flops_per_token(configured(*words, "ttt=off")) == dense
     # 7 products instead of 3 in the down projection, and the target generator
     extra = 4 * 2 * 256 * 768 + 3 * (2 * 256 * 256 + 2 * 5 * 256)
-    assert training_flops_per_token(load_config(words)) == dense + extra
+    assert training_flops_per_token(configured(*words)) == dense + extra
 
 
 def test_the_cost_of_fast_weights_is_the_known_share() -> None:
@@ -74,8 +74,8 @@ def test_the_cost_of_fast_weights_is_the_known_share() -> None:
 
     def share(name: str, length: int) -> float:
         words = [f"+model={name}", f"train.seq_length={length}", "model.max_positions=131072"]
-        plain = training_flops_per_token(load_config([*words, "ttt=off"]))
-        return 100 * (training_flops_per_token(load_config(words)) / plain - 1)
+        plain = training_flops_per_token(configured(*words, "ttt=off"))
+        return 100 * (training_flops_per_token(configured(*words)) / plain - 1)
 
     assert share("qwen3_4b", 32768) == pytest.approx(2.7, abs=0.35)
     assert share("llama3_1_8b", 131072) == pytest.approx(2.3, abs=0.35)
@@ -83,7 +83,7 @@ def test_the_cost_of_fast_weights_is_the_known_share() -> None:
 
 def test_the_text_names_everything() -> None:
     words = ["+model=qwen3_4b", "parallel.tp=2", "parallel.cp=2", "train.seq_length=8192"]
-    text = summarize(load_config(words), world_size=16)
+    text = summarize(configured(*words), world_size=16)
     for line in (
         "parameters    total 4,061,866,496, fast 149,422,080, added 39,398,400",
         "fast weights  layers 0, 6, 12, 18, 24, 30",
@@ -99,6 +99,6 @@ def test_the_text_names_everything() -> None:
 
 
 def test_the_text_without_fast_weights() -> None:
-    text = summarize(load_config(["+model=tiny", "ttt=off"]), world_size=1)
+    text = summarize(configured("+model=tiny", "ttt=off"), world_size=1)
     assert "fast weights  none (ttt=off)" in text
     assert "state " not in text

@@ -7,7 +7,7 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 
-from megatron_ttt.config.load import CONFIG_DIR, load_config
+from megatron_ttt.config.load import CONFIG_DIR
 from megatron_ttt.config.overrides import group_options
 from megatron_ttt.config.to_megatron import (
     compute_dtype,
@@ -15,6 +15,7 @@ from megatron_ttt.config.to_megatron import (
     optimizer_config,
     transformer_config,
 )
+from tests.unit.config.compose import configured
 
 MODELS = group_options(CONFIG_DIR)["model"]
 
@@ -22,7 +23,7 @@ MODELS = group_options(CONFIG_DIR)["model"]
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model(name: str, cuda: bool) -> None:
-    config = load_config([f"+model={name}"])
+    config = configured(f"+model={name}")
     model = config.model
     found = transformer_config(config, device_is_cuda=cuda)
     assert (found.num_layers, found.hidden_size) == (model.layers, model.hidden_size)
@@ -41,21 +42,21 @@ def test_every_model(name: str, cuda: bool) -> None:
 
 
 def test_sliding_window_counts_the_query() -> None:
-    config = load_config(["+model=tiny"])
+    config = configured("+model=tiny")
     assert transformer_config(config, device_is_cuda=False).window_size == (127, 0)
-    whole = load_config(["+model=tiny", "model.sliding_window=null"])
+    whole = configured("+model=tiny", "model.sliding_window=null")
     assert transformer_config(whole, device_is_cuda=False).window_size is None
 
 
 def test_parallel_sizes() -> None:
     words = ["parallel.tp=2", "parallel.cp=4", "parallel.pp=2", "parallel.cp_comm_type=a2a"]
-    found = transformer_config(load_config(["+model=qwen3_4b", *words]), device_is_cuda=False)
+    found = transformer_config(configured("+model=qwen3_4b", *words), device_is_cuda=False)
     assert (found.tensor_model_parallel_size, found.context_parallel_size) == (2, 4)
     assert found.pipeline_model_parallel_size == 2
     assert found.pipeline_dtype is torch.float32
     assert found.sequence_parallel
     assert found.cp_comm_type == "a2a"
-    off = load_config(["+model=qwen3_4b", *words, "parallel.sequence_parallel=off"])
+    off = configured("+model=qwen3_4b", *words, "parallel.sequence_parallel=off")
     assert not transformer_config(off, device_is_cuda=False).sequence_parallel
 
 
@@ -68,7 +69,7 @@ def test_parallel_sizes() -> None:
     ],
 )
 def test_recomputation(words: list[str], expected: tuple[str | None, str | None, int]) -> None:
-    found = transformer_config(load_config(["+model=tiny", *words]), device_is_cuda=False)
+    found = transformer_config(configured("+model=tiny", *words), device_is_cuda=False)
     assert (
         found.recompute_granularity, found.recompute_method, found.recompute_num_layers
     ) == expected  # fmt: skip
@@ -76,23 +77,23 @@ def test_recomputation(words: list[str], expected: tuple[str | None, str | None,
 
 def test_recomputed_modules() -> None:
     words = ["train.recompute=selective", "train.recompute_modules=[layernorm,mlp]"]
-    found = transformer_config(load_config(["+model=tiny", *words]), device_is_cuda=False)
+    found = transformer_config(configured("+model=tiny", *words), device_is_cuda=False)
     assert found.recompute_modules == ["layernorm", "mlp"]
 
 
 def test_yarn_as_transformers_defines_it() -> None:
-    config = load_config(["+experiment=qwen3_4b_128k_yarn"])
+    config = configured("+experiment=qwen3_4b_128k_yarn")
     found = transformer_config(config, device_is_cuda=False)
     # 0.1 ln(4) + 1, folded into cos and sin
     assert _yarn_get_concentration_factor_from_config(found) == pytest.approx(1.1386294361)
     assert found.yarn_rotary_scaling_factor == 4.0
     assert found.yarn_original_max_position_embeddings == 32768
-    plain = transformer_config(load_config(["+model=qwen3_4b"]), device_is_cuda=False)
+    plain = transformer_config(configured("+model=qwen3_4b"), device_is_cuda=False)
     assert _yarn_get_concentration_factor_from_config(plain) == 1.0
 
 
 def test_precision_asked_for_wins() -> None:
-    config = load_config(["+model=tiny", "train.precision=fp32"])
+    config = configured("+model=tiny", "train.precision=fp32")
     assert compute_dtype(config, device_is_cuda=True) is torch.float32
     assert not optimizer_config(config, device_is_cuda=True).bf16
 
@@ -101,7 +102,7 @@ def test_optimizer() -> None:
     words = ["optimizer.lr=0.25", "optimizer.min_lr=0.125", "optimizer.weight_decay=0.5",
              "optimizer.beta1=0.8", "optimizer.beta2=0.7", "optimizer.epsilon=1e-3",
              "optimizer.clip_grad=3"]  # fmt: skip
-    found = optimizer_config(load_config(["+model=tiny", *words]), device_is_cuda=True)
+    found = optimizer_config(configured("+model=tiny", *words), device_is_cuda=True)
     assert (found.lr, found.min_lr, found.weight_decay) == (0.25, 0.125, 0.5)
     assert (found.adam_beta1, found.adam_beta2, found.adam_eps) == (0.8, 0.7, 1e-3)
     assert (found.clip_grad, found.optimizer) == (3.0, "adam")
@@ -112,7 +113,7 @@ def test_optimizer() -> None:
 
 def test_gradients_are_summed_in_fp32() -> None:
     words = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
-    found = ddp_config(load_config(["+model=tiny", *words]))
+    found = ddp_config(configured("+model=tiny", *words))
     assert found.grad_reduce_in_fp32 and not found.average_in_collective
     assert found.use_distributed_optimizer
     assert found.overlap_grad_reduce and found.overlap_param_gather

@@ -3,9 +3,9 @@
 import pytest
 
 from megatron_ttt.config import derived
-from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import AttentionBackend, Precision
 from megatron_ttt.config.validate import validate
+from tests.unit.config.compose import configured
 
 BIG = ["+model=qwen3_4b", "data.path=corpus"]
 TINY = ["+model=tiny"]
@@ -17,7 +17,7 @@ def faults(
     words: list[str], world_size: int = 1, *, cuda: bool = False, engine: bool = False
 ) -> list[str]:
     """Lines of the faults of a composed configuration."""
-    config = load_config(words)
+    config = configured(*words)
     found = validate(config, world_size, cuda=cuda, transformer_engine=engine)
     return [fault.line() for fault in found]
 
@@ -232,7 +232,7 @@ def test_transformer_engine(
 
 def test_auto_takes_the_engine_where_it_can() -> None:
     def choice(*words: str, cuda: bool = True, engine: bool = True) -> AttentionBackend:
-        config = load_config([*BIG, *words])
+        config = configured(*BIG, *words)
         return derived.resolve_attention(config, cuda=cuda, transformer_engine=engine).value
 
     able = [*PAIR]
@@ -244,7 +244,7 @@ def test_auto_takes_the_engine_where_it_can() -> None:
 
 
 def test_derived_values() -> None:
-    config = load_config([*BIG, "parallel.tp=2", "train.global_batch_size=64"])
+    config = configured(*BIG, "parallel.tp=2", "train.global_batch_size=64")
     assert derived.ttt_layers(config) == [0, 6, 12, 18, 24, 30]
     assert derived.sequence_parallel(config.parallel)
     assert derived.data_parallel_size(config, 16) == 8
@@ -252,8 +252,8 @@ def test_derived_values() -> None:
     assert derived.warmup_steps(config) == 20
     assert derived.resolve_precision(config.train.precision, cuda=True) is Precision.bf16
     assert derived.resolve_precision(config.train.precision, cuda=False) is Precision.fp32
-    tiny = load_config([*TINY, "ttt.layers=[5,1]", "parallel.sequence_parallel=off",
-                        "parallel.tp=4", "train.seq_length=1001"])  # fmt: skip
+    tiny = configured(*TINY, "ttt.layers=[5,1]", "parallel.sequence_parallel=off",
+                        "parallel.tp=4", "train.seq_length=1001")  # fmt: skip
     assert derived.ttt_layers(tiny) == [1, 5]
     assert derived.padded_vocab_size(tiny.model, 4) == 260
     assert derived.padded_vocab_size(tiny.model, 2) == 258
