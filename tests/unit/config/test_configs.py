@@ -184,3 +184,18 @@ def test_nothing_is_written_by_composing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     load_config(["+model=tiny"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "world_size"),
+    [
+        (["+model=tiny"], 1),
+        (["+model=tiny", "parallel.cp=2"], 2),
+        (["+model=qwen3_4b", CORPUS, "parallel.tp=2", "parallel.cp=4"], 8),
+        (["+model=qwen3_4b", CORPUS, "parallel.cp=4"], 8),
+        (["+experiment=qwen3_4b_32k", CORPUS], 8),
+        (["+experiment=qwen3_4b_32k", CORPUS], 128),
+    ],
+)
+def test_the_commands_that_the_documents_show(words: list[str], world_size: int) -> None:
+    assert validate(load_config(words), world_size, cuda=False) == []
