@@ -8,6 +8,7 @@ from megatron_ttt.config.summary import (
     summarize,
     training_flops_per_token,
 )
+from megatron_ttt.training.flops import training_flops, visible_pairs
 from tests.unit.config.compose import configured
 
 # elements that the released checkpoints hold (a tied output layer counts once)
@@ -102,3 +103,11 @@ def test_the_text_without_fast_weights() -> None:
     text = summarize(configured("+model=tiny", "ttt=off"), world_size=1)
     assert "fast weights  none (ttt=off)" in text
     assert "state " not in text
+
+
+@pytest.mark.parametrize("words", [["+model=tiny"], ["+model=qwen3_0_6b", "ttt=off"]])
+def test_the_plan_counts_as_the_training_does(words: list[str]) -> None:
+    config = configured(*words, "train.seq_length=300")
+    pairs = visible_pairs(None, shape=(1, 300), window=config.model.sliding_window)
+    counted = training_flops(config, tokens=300, pairs=pairs)
+    assert 300 * training_flops_per_token(config) == pytest.approx(counted, rel=1e-12)
