@@ -155,7 +155,7 @@ def plan_chunks(
     padding_BT: Tensor | None = None,
     device: torch.device | str,
 ) -> ChunkPlan:
-    """Lay the chunk grid over whole rows of ``length`` tokens. Design: chunks and documents.
+    """Lay the chunk grid over whole rows of ``length`` tokens.
 
     Args:
         document_starts_BT: bool ``[B, T]``, true on each document's first token; None: no starts

@@ -4,7 +4,7 @@
     clip(M_i) = M_i * min(1, bound / (eta * norm(M_i)))
 
 Both are one factor per batch row and chunk, so they are folded into the targets and the scan never
-sees them. They are constants in the backward. Design: scale and clip.
+sees them. They are constants in the backward.
 
 Shape suffixes: B batch rows, T tokens, N chunks, D hidden, F ffn (the local shard under TP).
 """

@@ -39,7 +39,7 @@ class PendingCarries(Protocol):
     """A scan under way."""
 
     def wait(self) -> Tensor:
-        """``[S, B, D, F]``: what enters each local span, in local memory order."""
+        """``[S, B, D, F]``: what enters each local span, in local order; the caller may write it."""
         ...
 
 
@@ -47,7 +47,7 @@ class CarryExchange(Protocol):
     """Combines span summaries across ranks; it knows every span's keep and where spans lie."""
 
     def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> PendingCarries:
-        """Begin an exclusive scan over the whole row's spans with the monoid of design section 3.
+        """Begin an exclusive scan over the whole row's spans.
 
         FORWARD: from the left, ``c_{s+1} = k_s c_s + summary_s``, zero into the first span.
         REVERSE: from the right with the same keeps, ``c_{s-1} = k_s c_s + summary_s``, zero into

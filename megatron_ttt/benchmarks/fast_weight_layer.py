@@ -1,0 +1,349 @@
+"""Forward and backward of one fast-weight projection: ours, the materialising one, a dense one.
+
+``materialising`` is how the method is usually written: every chunk's summary, their cumulative sum
+and one effective weight per chunk, all live at once, differentiated by autograd (batched products).
+``dense`` is the plain down projection, the cost without fast weights. All three run on the same
+numbers, alternating, and the first two must agree before anything is printed.
+
+Units: seconds, bytes. ``peak`` is what forward and backward allocate beyond their inputs; ``extra``
+the part of it that the dense projection does not need as well.
+
+Shape suffixes: T tokens, D hidden, F ffn, N chunks, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from megatron_ttt.fast_weights import fast_weight_linear
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+# Rounding between two orders of the same sums, relative to the norm of what is compared.
+TOLERANCES = {"fp32": 2e-5, "bf16": 3e-2, "fp64": 1e-12}
+UPDATE_RATIO = 0.2
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """Sizes of one layer and how often to run it.
+
+    Raises:
+        ValueError: a size below one, tokens that the chunk does not divide (the materialising
+            formulation needs whole chunks), an unknown dtype, a device that is not there.
+    """
+
+    hidden: int = 512
+    ffn: int = 1536
+    tokens: int = 8192
+    chunk: int = 256
+    dtype: str = "fp32"
+    device: str = "cpu"
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "ffn", "tokens", "chunk", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is below 1")
+        if self.tokens % self.chunk:
+            raise ValueError(f"{self.tokens} tokens are not whole chunks of {self.chunk}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype {self.dtype} is none of {', '.join(DTYPES)}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device {self.device} is neither cpu nor cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda is not available here")
+
+    @property
+    def chunks(self) -> int:
+        return self.tokens // self.chunk
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self.hidden * self.ffn * DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the layer and what it must at least cost.
+
+    ``gemms``: products of tokens x hidden x ffn, forward and backward. ``matrix_passes``: times a
+    hidden x ffn matrix is read or written per chunk (none per chunk for the dense projection),
+    counted in the formulation, caches ignored.
+    """
+
+    name: str
+    gemms: int
+    matrix_passes: int
+    forward: Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Times of one variant, one per round, and its memory."""
+
+    name: str
+    seconds: list[float]
+    floor_seconds: float
+    matrix_traffic_bytes: int
+    peak_bytes: int
+    extra_bytes: int
+
+    @property
+    def best(self) -> float:
+        return min(self.seconds)
+
+
+def _fast_weight(
+    keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
+) -> Tensor:
+    return fast_weight_linear(
+        keys_TF[None], targets_TD[None], weight_DF, learning_rate=eta, chunk_size=chunk
+    ).outputs_BTD[0]
+
+
+def _materialising(
+    keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
+) -> Tensor:
+    keys_NCF = keys_TF.unflatten(0, (-1, chunk))
+    targets_NCD = targets_TD.unflatten(0, (-1, chunk))
+    summaries_NDF = torch.bmm(targets_NCD[:-1].mT, keys_NCF[:-1])
+    states_NDF = torch.nn.functional.pad(summaries_NDF.cumsum(dim=0), (0, 0, 0, 0, 1, 0))
+    weights_NDF = weight_DF + eta * states_NDF
+    return torch.bmm(keys_NCF, weights_NDF.mT).flatten(0, 1)
+
+
+def _dense(
+    keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
+) -> Tensor:
+    return keys_TF @ weight_DF.T
+
+
+# Passes of the scan: build and read the effective weight 4 (twice), norm of the state 1, update of
+# the state 2 (twice), G read by two products 2, update of G 2. Of the other: summaries written 1,
+# cumulative sum 2, padding 2, times eta 2, plus W0 2, product 1; backward: product 2, sum to dW0 1,
+# times eta 2, padding 2, reversed cumulative sum 6, two products 2.
+VARIANTS = (
+    Variant("fast weight", gemms=7, matrix_passes=17, forward=_fast_weight),
+    Variant("materialising", gemms=6, matrix_passes=25, forward=_materialising),
+    Variant("dense", gemms=3, matrix_passes=0, forward=_dense),
+)
+
+
+class _Layer:
+    """The numbers of one problem, and a forward and backward over them."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        self.problem = problem
+        generator = torch.Generator(problem.device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            tensor = torch.randn(*shape, generator=generator, device=problem.device)
+            return tensor.to(DTYPES[problem.dtype])
+
+        keys_TF = draw(problem.tokens, problem.ffn)
+        targets_TD = draw(problem.tokens, problem.hidden)
+        weight_DF = draw(problem.hidden, problem.ffn) / problem.ffn**0.5
+        self.d_outputs_TD = draw(problem.tokens, problem.hidden)
+        self.gemm_outputs_TD = torch.empty_like(self.d_outputs_TD)
+        self.leaves = [tensor.requires_grad_() for tensor in (keys_TF, targets_TD, weight_DF)]
+        # The last state is a sum of `tokens` random outer products: of norm sqrt(tokens * D * F).
+        size = (problem.tokens * problem.hidden * problem.ffn) ** 0.5
+        self.eta = UPDATE_RATIO * float(weight_DF.detach().float().norm()) / size
+
+    def run(self, variant: Variant) -> list[Tensor]:
+        """Outputs and the gradients of keys, targets and weight."""
+        keys_TF, targets_TD, weight_DF = self.leaves
+        outputs_TD = variant.forward(keys_TF, targets_TD, weight_DF, self.eta, self.problem.chunk)
+        gradients = torch.autograd.grad(
+            outputs_TD, self.leaves, self.d_outputs_TD, allow_unused=variant.name == "dense"
+        )
+        return [outputs_TD.detach(), *gradients]
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        self._synchronize()
+        start = time.perf_counter()
+        function()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, variant: Variant) -> int:
+        """The most that one run holds beyond its inputs, results still alive included."""
+        if self.problem.device == "cuda":
+            self._synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run(variant)
+            self._synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with (
+            _silent_stderr(),
+            torch.profiler.profile(activities=activities, profile_memory=True) as profile,
+        ):
+            self.run(variant)
+        results = profile.profiler.kineto_results if profile.profiler else None
+        assert results is not None
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        events.sort(key=lambda event: event.start_ns())
+        return max(accumulate((event.nbytes() for event in events), initial=0))
+
+    def gemm(self) -> None:
+        """One product of tokens x hidden x ffn: its best time is the machine's own rate."""
+        keys_TF, _, weight_DF = (leaf.detach() for leaf in self.leaves)
+        torch.mm(keys_TF, weight_DF.T, out=self.gemm_outputs_TD)
+
+    def _synchronize(self) -> None:
+        if self.problem.device == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library reports its starts and stops there, below Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def largest_difference(layer: _Layer) -> float:
+    """Largest relative difference between ours and the materialising formulation.
+
+    Compares outputs and all three gradients.
+
+    Raises:
+        RuntimeError: it is more than rounding: no speed is worth reporting.
+    """
+    ours, theirs = (layer.run(variant) for variant in VARIANTS[:2])
+    differences = [
+        float((a.double() - b.double()).norm() / b.double().norm())
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    tolerance = TOLERANCES[layer.problem.dtype]
+    if not max(differences) <= tolerance:
+        raise RuntimeError(
+            f"variants differ by {max(differences):.1e} (tolerance {tolerance:.0e}) in "
+            f"outputs, d_keys, d_targets, d_weight: {differences}"
+        )
+    return max(differences)
+
+
+def measure(problem: LayerProblem) -> tuple[list[Measurement], float]:
+    """Every variant ``repeats`` times, alternating, after one unmeasured round each.
+
+    Returns:
+        The measurements in the order of ``VARIANTS``, and the largest relative difference.
+
+    Raises:
+        RuntimeError: the variants do not compute the same.
+    """
+    layer = _Layer(problem)
+    difference = largest_difference(layer)
+    layer.run(VARIANTS[-1])
+    seconds: dict[str, list[float]] = {variant.name: [] for variant in VARIANTS}
+    gemm_seconds = []
+    for _ in range(problem.repeats):
+        for variant in VARIANTS:
+            seconds[variant.name].append(layer.seconds(partial(layer.run, variant)))
+        gemm_seconds.append(layer.seconds(layer.gemm))
+    peaks = {variant.name: layer.peak_bytes(variant) for variant in VARIANTS}
+    return [
+        Measurement(
+            name=variant.name,
+            seconds=seconds[variant.name],
+            floor_seconds=variant.gemms * min(gemm_seconds),
+            matrix_traffic_bytes=variant.matrix_passes * problem.chunks * problem.matrix_bytes,
+            peak_bytes=peaks[variant.name],
+            extra_bytes=peaks[variant.name] - peaks["dense"],
+        )
+        for variant in VARIANTS
+    ], difference
+
+
+def ratios(measurements: list[Measurement]) -> dict[str, dict[str, float]]:
+    """How many times ours each other variant takes: of the best times, and round by round."""
+    ours, *others = measurements
+    return {
+        other.name: {
+            "best": other.best / ours.best,
+            **_spread([b / a for a, b in zip(ours.seconds, other.seconds, strict=True)]),
+        }
+        for other in others
+    }
+
+
+def _spread(values: list[float]) -> dict[str, float]:
+    return {"lowest": min(values), "median": statistics.median(values), "highest": max(values)}
+
+
+def as_record(
+    problem: LayerProblem, measurements: list[Measurement], difference: float
+) -> dict[str, object]:
+    """Everything measured, for a JSON file."""
+    return {
+        "problem": asdict(problem),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "largest_relative_difference": difference,
+        "variants": [asdict(measurement) for measurement in measurements],
+        "times_ours": ratios(measurements),
+    }
+
+
+def report(
+    problem: LayerProblem, measurements: list[Measurement], difference: float, console: Console
+) -> None:
+    """The table, and one line per comparison."""
+    table = Table(
+        title=f"hidden {problem.hidden}, ffn {problem.ffn}, {problem.tokens} tokens, chunk "
+        f"{problem.chunk}, {problem.dtype}, {problem.device}, forward + backward"
+    )
+    table.add_column("variant", no_wrap=True)
+    headings = ("best ms", "worst ms", "GEMM floor ms", "matrix MB", "peak MB", "extra MB")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for measurement in measurements:
+        table.add_row(
+            measurement.name,
+            f"{measurement.best * 1e3:.1f}",
+            f"{max(measurement.seconds) * 1e3:.1f}",
+            f"{measurement.floor_seconds * 1e3:.1f}",
+            f"{measurement.matrix_traffic_bytes / 1e6:.0f}",
+            f"{measurement.peak_bytes / 1e6:.1f}",
+            f"{measurement.extra_bytes / 1e6:.1f}",
+        )
+    console.print(table)
+    console.print(
+        "GEMM floor: the variant's products at the rate of one large one. matrix: its hidden x ffn "
+        "matrices read and written. peak: beyond inputs. extra: beyond dense.",
+        style="dim",
+    )
+    for name, ratio in ratios(measurements).items():
+        console.print(
+            f"{name} takes {ratio['best']:.2f} times ours "
+            f"(rounds {ratio['lowest']:.2f} to {ratio['highest']:.2f})"
+        )
+    ours, materialising, _ = measurements
+    console.print(
+        f"extra memory: {ours.extra_bytes / materialising.extra_bytes:.3f} of materialising; "
+        f"largest relative difference {difference:.1e}; "
+        f"threads: {torch.get_num_threads()}"
+    )

@@ -1,0 +1,62 @@
+"""The products that the scan is said to cost, counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_ttt.fast_weights import fast_weight_spans, plan_chunks
+from tests.unit.fast_weights.cases import SpansInOrder
+
+CHUNK, CHUNKS, HIDDEN, FFN = 8, 32, 16, 24
+UNIT = 2 * CHUNK * CHUNKS * HIDDEN * FFN
+
+
+def product_flops(self_shape: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[2]
+
+
+def units(*, spans: int, decay: float, uses_state: bool) -> tuple[float, float]:
+    """Products of tokens x hidden x ffn in the forward and in the backward."""
+    length = CHUNK * CHUNKS
+    plan = plan_chunks(None, batch=1, length=length, chunk_size=CHUNK, decay=decay, device="cpu")
+    keys = torch.randn(1, length, FFN, requires_grad=True)
+    targets = torch.randn(1, length, HIDDEN, requires_grad=True)
+    weight = torch.randn(HIDDEN, FFN, requires_grad=True)
+    counted = {torch.ops.aten.baddbmm_: product_flops}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        output = fast_weight_spans(
+            keys,
+            targets,
+            weight,
+            plan=plan,
+            learning_rate=0.1,
+            spans=spans,
+            exchange=SpansInOrder(plan.span_keeps(spans)) if spans > 1 else None,
+        )
+    forward = counter.get_total_flops()
+    loss = output.outputs_BTD.sum() + (output.state_BDF.sum() if uses_state else 0.0)
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        loss.backward()
+    return forward / UNIT, counter.get_total_flops() / UNIT
+
+
+@pytest.mark.parametrize(
+    ("spans", "decay", "uses_state", "forward", "backward"),
+    [
+        (1, 1.0, False, 2, 5),
+        (1, 0.9, False, 2, 6),
+        (1, 1.0, True, 2, 6),
+        (2, 1.0, False, 3, 6),
+        (2, 0.9, False, 3, 7),
+    ],
+)
+def test_units(spans: int, decay: float, uses_state: bool, forward: float, backward: float) -> None:
+    """Never more than said; the edges' savings (one chunk of 32 per sweep) keep it near."""
+    found = units(spans=spans, decay=decay, uses_state=uses_state)
+    assert forward - 0.2 < found[0] <= forward
+    assert backward - 0.2 < found[1] <= backward

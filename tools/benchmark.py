@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Measures what the project claims about speed and memory.
+
+python tools/benchmark.py fast-weight-layer --chunk 64
+python tools/benchmark.py fast-weight-layer --hidden 2560 --ffn 9728 --tokens 65536 --dtype bf16 \
+    --device cuda --json layer.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake in the arguments takes one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """One fast-weight projection against the materialising formulation and a dense one."""
+    parser = commands.add_parser(
+        "fast-weight-layer", help="forward and backward of one projection, time and memory"
+    )
+    add = parser.add_argument
+    add("--hidden", type=int, default=512)
+    add("--ffn", type=int, default=1536)
+    add("--tokens", type=int, default=8192)
+    add("--chunk", type=int, default=256, help="tokens of a chunk (default: 256)")
+    add("--dtype", default="fp32", help="fp32 (default), bf16 or fp64")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--repeats", type=int, default=5, help="measured rounds (default: 5)")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_fast_weight_layer)
+
+
+def run_fast_weight_layer(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if the variants disagree."""
+    # torch takes seconds to import: --help and mistakes in the arguments do without it
+    from megatron_ttt.benchmarks import fast_weight_layer as benchmark
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json")}
+    problem = benchmark.LayerProblem(**options)
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise ValueError(f"there is no folder {arguments.json.parent} for {arguments.json.name}")
+    try:
+        measurements, difference = benchmark.measure(problem)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    benchmark.report(problem, measurements, difference, Console())
+    if arguments.json:
+        record = benchmark.as_record(problem, measurements, difference)
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
+    parser = OneLineParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    add_fast_weight_layer(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
