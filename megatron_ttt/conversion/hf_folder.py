@@ -1,0 +1,168 @@
+"""Reading a Hugging Face folder: safetensors by rows, one file or many.
+
+Files are opened for each piece and closed after it, so that no more than the piece counts as
+memory: a file kept open keeps every page that was ever read mapped.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_ttt.config.faults import ConfigError, Fault
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# Files beside the weights that travel with a model.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is, and what it looks like."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class HFFolder:
+    """A folder with ``config.json`` and safetensors.
+
+    Attributes:
+        path: the folder.
+        config: content of ``config.json``.
+        tensors: every tensor by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the headers of all files; no weight is touched.
+
+        Raises:
+            ConfigError: something is missing or damaged; the message names the file and how.
+        """
+        self.path = path
+        if not path.is_dir():
+            raise ConfigError([Fault("checkpoint", path, "is no folder")])
+        self.config = read_json(path / CONFIG)
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self._files():
+            self.tensors.update(self._header(file))
+        self._check_index()
+
+    def rows(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        *,
+        columns: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Rows ``[start, stop)`` of a tensor, of the given columns of its second dim only.
+
+        Raises:
+            ConfigError: the file changed or is damaged.
+        """
+        path = self.path / self.tensors[name].file
+        try:
+            with safe_open(path, framework="pt") as file:
+                piece = file.get_slice(name)
+                if columns is None:
+                    part: Tensor = piece[start:stop]
+                else:
+                    part = piece[start:stop, columns[0] : columns[1]]
+                return part.clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
+
+    def _files(self) -> list[str]:
+        index = self.path / INDEX
+        if not index.exists():
+            if (self.path / WEIGHTS).exists():
+                return [WEIGHTS]
+            message = f"has neither {WEIGHTS} nor {INDEX}; only safetensors are read"
+            raise ConfigError([Fault("checkpoint", self.path, message)])
+        weights = read_json(index).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ConfigError([Fault("checkpoint", index, "has no weight_map")])
+        files = sorted(set(weights.values()))
+        missing = [file for file in files if not (self.path / file).is_file()]
+        if missing:
+            message = f"{len(missing)} of {len(files)} files are missing: {', '.join(missing)}"
+            raise ConfigError([Fault("checkpoint", self.path, message)])
+        return files
+
+    def _header(self, file: str) -> Iterator[tuple[str, StoredTensor]]:
+        path = self.path / file
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    piece = opened.get_slice(name)
+                    kind = piece.get_dtype()
+                    if kind not in _DTYPES:
+                        message = f"{name} is {kind}; {', '.join(_DTYPES)} convert"
+                        raise ConfigError([Fault("checkpoint", path, message)])
+                    yield name, StoredTensor(file, tuple(piece.get_shape()), _DTYPES[kind])
+        except (SafetensorError, OSError) as error:
+            raise damaged(path, error) from error
+
+    def _check_index(self) -> None:
+        index = self.path / INDEX
+        if not index.exists():
+            return
+        weights = read_json(index)["weight_map"]
+        lost = [name for name in weights if name not in self.tensors]
+        if lost:
+            message = f"{len(lost)} tensors of its index are in no file: {', '.join(lost[:5])}"
+            raise ConfigError([Fault("checkpoint", self.path, message)])
+
+
+def companions(path: Path) -> list[Path]:
+    """Tokenizer and generation files of a folder."""
+    return [path / name for name in COMPANIONS if (path / name).is_file()]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file.
+
+    Raises:
+        ConfigError: the file is missing or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        message = f"{path.name} is missing"
+        raise ConfigError([Fault("checkpoint", path.parent, message)]) from None
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(content, dict):
+        raise ConfigError([Fault("checkpoint", path, "holds no JSON object")])
+    return content
+
+
+def damaged(path: Path, error: Exception) -> ConfigError:
+    """An unreadable file as a user's error of one line."""
+    return ConfigError([Fault("checkpoint", path, f"is damaged or unreadable ({error})")])

@@ -1,0 +1,88 @@
+"""Starting a run straight from safetensors: each rank reads the rows and columns of its slice."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.config.schema import Config
+from megatron_ttt.conversion.hf_config import check_agreement, model_from_hf
+from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.conversion.source import MegatronView
+from megatron_ttt.conversion.ttt_config import target_generator
+from megatron_ttt.model.initialize import global_parameters, sharded_dim
+
+# Checkpoints name these norms as if they were fused into the linear layer behind them.
+_NORMS = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+
+
+@torch.no_grad()
+def load_hf_weights(
+    folder: Path, model: torch.nn.Module, config: Config, *, tp_rank: int, tp_size: int
+) -> list[str]:
+    """Fill this rank's parameters from a Hugging Face folder.
+
+    What a plain checkpoint lacks of the target generator starts as an import would start it,
+    from ``train.seed``.
+
+    Args:
+        folder: with ``config.json`` and safetensors.
+        model: this rank's pipeline stage.
+        config: the run; its model must be the checkpoint's.
+        tp_rank, tp_size: this rank's slice.
+
+    Returns:
+        Names, as distributed checkpoints have them, of the parameters that were initialised.
+
+    Raises:
+        ConfigError: the folder is damaged, or is another model; see
+            :func:`hf_config.check_agreement`.
+    """
+    target = target_generator(config.ttt, layers=config.model.layers)
+    source = HFFolder(folder)
+    checkpoint = model_from_hf(source.config, name=config.model.name, where=str(folder))
+    check_agreement(config.model, checkpoint, str(folder))
+    view = MegatronView(source, target=target, seed=config.train.seed)
+    for name, parameter in global_parameters(model):
+        key = checkpoint_key(name)
+        axis = sharded_dim(parameter)
+        parameter.copy_(_slice(view, key, parameter, axis, tp_rank, tp_size))
+    return sorted(view.drawn)
+
+
+def checkpoint_key(name: str) -> str:
+    """The name a parameter has in a distributed checkpoint."""
+    for suffix, fused in _NORMS.items():
+        if name.endswith("." + suffix):
+            return name.removesuffix(suffix) + fused
+    return name
+
+
+def _slice(
+    view: MegatronView, key: str, local: Tensor, axis: int | None, tp_rank: int, tp_size: int
+) -> Tensor:
+    """This rank's part of a whole tensor, in the shape of ``local``."""
+    tensor = view.tensor(key)
+    if axis is None:
+        return view.rows(tensor, 0, tensor.shape[0])
+    if axis == 1:
+        width = local.shape[1]
+        return view.rows(tensor, 0, tensor.shape[0], (tp_rank * width, (tp_rank + 1) * width))
+    assert axis == 0, f"{key} is split along dim {axis}"
+    if key.endswith("linear_fc1.weight"):  # each rank holds its rows of gate, then of up
+        half = local.shape[0] // 2
+        up = tensor.shape[0] // 2
+        starts = [tp_rank * half, up + tp_rank * half]
+        return torch.cat([view.rows(tensor, start, start + half) for start in starts])
+    count = local.shape[0]
+    start = tp_rank * count
+    stop = min(start + count, tensor.shape[0])
+    if start < stop == start + count:
+        return view.rows(tensor, start, stop)
+    padded = torch.zeros(local.shape, dtype=view.dtype(tensor))  # rows that pad the vocabulary
+    if start < stop:
+        padded[: stop - start] = view.rows(tensor, start, stop)
+    return padded

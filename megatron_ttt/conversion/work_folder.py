@@ -1,0 +1,139 @@
+"""Output folders: complete or absent, and a killed conversion continues where it stopped.
+
+Everything is written into ``NAME.partial`` beside the destination. ``journal.jsonl`` in there
+lists each finished file with its size and checksum; at the end the folder is renamed. The journal
+begins with a description of the job, and a partial folder of another job is not continued.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_ttt.config.faults import ConfigError, Fault
+
+PARTIAL = ".partial"
+JOURNAL = "journal.jsonl"
+_READ_BYTES = 1 << 22
+
+
+class WorkFolder:
+    """A destination that is being written.
+
+    Attributes:
+        final: the destination.
+        path: the partial folder beside it.
+        done: finished files by name, with ``bytes``, ``sha256`` and what was noted about them.
+    """
+
+    def __init__(self, final: Path, job: dict[str, Any]) -> None:
+        """Start, or continue the same job.
+
+        Args:
+            final: must not exist, or be an empty folder.
+            job: whatever decides the content; JSON values.
+
+        Raises:
+            ConfigError: the destination exists, or cannot be written.
+        """
+        self.final = final
+        self.path = final.with_name(final.name + PARTIAL)
+        self.done: dict[str, dict[str, Any]] = {}
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise ConfigError([Fault("destination", final, "exists and is not empty")])
+        digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+        with writing(self.path):
+            if not self._continue(digest):
+                if self.path.exists():
+                    shutil.rmtree(self.path)
+                self.path.mkdir(parents=True)
+                self._note({"job": digest})
+
+    def finish(self, name: str, **notes: Any) -> None:
+        """Record a file as complete: synced, measured, checksummed."""
+        path = self.path / name
+        entry = {"file": name, "bytes": path.stat().st_size, "sha256": _digest(path), **notes}
+        self._note(entry)
+        self.done[name] = entry
+
+    def write_text(self, name: str, text: str) -> None:
+        """A small file, complete at once."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (self.path / name).write_text(text)
+        self.finish(name)
+
+    def copy(self, source: Path, name: str) -> None:
+        """A file from elsewhere."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, self.path / name)
+        self.finish(name)
+
+    def publish(self) -> None:
+        """Make the destination visible."""
+        (self.path / JOURNAL).unlink()
+        _sync_folder(self.path)
+        if self.final.exists():
+            self.final.rmdir()
+        self.path.rename(self.final)
+        _sync_folder(self.final.parent)
+
+    def _continue(self, digest: str) -> bool:
+        try:
+            lines = (self.path / JOURNAL).read_text().splitlines()
+        except FileNotFoundError:
+            return False
+        entries = []
+        for line in lines:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # the line at which the process was killed
+                break
+        if not entries or entries[0].get("job") != digest:
+            return False
+        for entry in entries[1:]:
+            path = self.path / entry["file"]
+            if path.is_file() and path.stat().st_size == entry["bytes"]:
+                self.done[entry["file"]] = entry
+        (self.path / JOURNAL).write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return True
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with (self.path / JOURNAL).open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusals (full disk, read-only folder) into one line for the user.
+
+    Raises:
+        ConfigError: naming the folder and the reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        message = f"cannot be written: {error.strerror or error}"
+        raise ConfigError([Fault("destination", path, message)]) from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
