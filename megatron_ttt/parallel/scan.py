@@ -1,0 +1,349 @@
+"""The exclusive associative scan of span summaries across the ranks of a group.
+
+    carry_0 = 0        carry_{s+1} = k_s * carry_s + S_s          (spans in sequence order)
+
+Keeps are per batch row, in [0, 1]; a keep of 0 selects, so nothing of another document passes. The
+gradient is the same scan from the right with the same keeps: with ``g_s = dL/dcarry_s``
+
+    dS_s = r_s        r_last = 0        r_{s-1} = k_s * r_s + g_s
+
+Four algorithms compute it (``scan_algorithms/``), ``auto`` picks one by ``cost.py``. All ranks of a
+group must start the same scans in the same order.
+
+Shape suffixes: S spans (local ones in memory order, or all in sequence order: said each time),
+B batch rows; states are ``[S, B, ...]`` of any further shape.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.fast_weights import Direction
+from megatron_ttt.parallel.cost import CPU_MACHINE, GPU_CLUSTER, Topology, best_blocks, choose
+from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, spans_per_rank, total_spans
+from megatron_ttt.parallel.pending import (
+    LocalScan,
+    Observer,
+    PendingScan,
+    ScanRecord,
+    StreamScan,
+    ThreadedScan,
+)
+from megatron_ttt.parallel.scan_algorithms import PROGRAMS, Algorithm
+from megatron_ttt.parallel.scan_group import ScanGroup
+from megatron_ttt.parallel.spans import LocalSpans, SpanRoute
+
+AUTO = "auto"
+
+
+class SpanExchange:
+    """The scans of one micro-batch: its keeps, and how they travel. Serves every layer.
+
+    Args:
+        all_keeps_SB: ``[all spans, B]``, the whole row's keeps in sequence order, equal on all
+            ranks; any device (copied to the host once).
+        order: which spans this rank holds.
+        group: a :class:`ScanGroup`, which remembers checked shapes and keeps scans apart; or a bare
+            process group, or None for a single rank: then every scan is checked.
+        algorithm: ``auto`` or one of :class:`Algorithm`.
+        comm_dtype: of the messages; None: the states'.
+        label: the layer, for errors.
+        observer: is handed the :class:`ScanRecord` of every scan that has been waited for.
+
+    Raises:
+        ValueError: keeps outside [0, 1] or not of the group's spans; an unknown algorithm or order.
+    """
+
+    def __init__(
+        self,
+        all_keeps_SB: Tensor,
+        *,
+        order: SequenceOrder | str,
+        group: Any = None,
+        algorithm: Algorithm | str = AUTO,
+        comm_dtype: torch.dtype | None = None,
+        label: str = "",
+        observer: Observer | None = None,
+    ) -> None:
+        self.order = SequenceOrder(order)
+        self.group = ScanGroup.of(group)
+        self.algorithm = parse_algorithm(algorithm)
+        self.comm_dtype = comm_dtype
+        self.label = label
+        self.observer = observer
+        self._keeps_SB = _checked_keeps(all_keeps_SB, self.group.ranks, self.order)
+        self._routes: dict[Direction, SpanRoute] = {}
+
+    def for_layer(self, label: str, *, observer: Observer | None = None) -> "SpanExchange":
+        """The same exchange under another label, for another layer of the same micro-batch."""
+        other = copy.copy(self)
+        other.label = label
+        other.observer = observer or self.observer
+        return other
+
+    def needs_summary(self, direction: Direction) -> list[bool]:
+        """By local span: whether the scan reads its summary (nobody needs the row's last)."""
+        return self._route(direction).needs_summary(self.group.rank)
+
+    def start(self, summaries_SB: Tensor, *, direction: Direction) -> PendingScan:
+        """Begin the scan of this rank's ``[S, B, ...]`` summaries, in local memory order.
+
+        The summaries are not to be written before ``wait`` has returned. Not recorded by autograd.
+        """
+        pending = self.open(summaries_SB, direction=direction)
+        for span in self._order_of_use(direction):
+            pending.provide(span, summaries_SB[span])
+        return pending
+
+    def open(self, like_SB: Tensor, *, direction: Direction) -> PendingScan:
+        """Begin before the summaries exist: each is handed in with ``provide`` when it does.
+
+        ``like_SB`` gives shape ``[S, B, ...]``, dtype and device; its values are not read.
+
+        Raises ``ValueError`` where the shape does not fit order and keeps, or differs across ranks.
+        """
+        self._check_states(like_SB)
+        group, route = self.group, self._route(direction)
+        algorithm, blocks = self._resolve(like_SB)
+        record = ScanRecord(algorithm, direction, blocks)
+        what = group.describe(algorithm, self.label)
+        if group.ranks > 1:
+            self._check_across_ranks(like_SB, algorithm, blocks, direction, what)
+        spans = LocalSpans(
+            like_SB, route, rank=group.rank, message_dtype=self.comm_dtype, blocks=blocks
+        )
+        if group.ranks == 1:
+            return LocalScan(spans, record, self.observer)
+        program = PROGRAMS[algorithm](spans.problem, spans.summaries, spans.carries)
+        transport = group.transport(what)
+        if like_SB.is_cuda:
+            return StreamScan(
+                spans,
+                record,
+                self.observer,
+                program=program,
+                transport=transport,
+                stream=group.stream(like_SB.device),
+                watchdog=group.watchdog(),
+                what=what,
+            )
+        return ThreadedScan(
+            spans,
+            record,
+            self.observer,
+            program=program,
+            transport=transport,
+            timeout_s=group.timeout_s,
+            what=what,
+        )
+
+    def _route(self, direction: Direction) -> SpanRoute:
+        if direction not in self._routes:
+            self._routes[direction] = SpanRoute(
+                self._keeps_SB, ranks=self.group.ranks, order=self.order, direction=direction
+            )
+        return self._routes[direction]
+
+    def _order_of_use(self, direction: Direction) -> Sequence[int]:
+        spans = range(spans_per_rank(self.order))
+        return spans if direction is Direction.FORWARD else spans[::-1]
+
+    def _check_states(self, like_SB: Tensor) -> None:
+        spans, rows = spans_per_rank(self.order), self._keeps_SB.shape[1]
+        if like_SB.dim() < 2 or like_SB.shape[0] != spans or like_SB.shape[1] != rows:
+            raise ValueError(
+                f"states {list(like_SB.shape)} are not [{spans}, {rows}, ...]: {spans} span(s) per "
+                f"rank in {self.order.value} order, keeps of {rows} row(s)"
+            )
+        if not like_SB.dtype.is_floating_point or not like_SB.numel():
+            raise ValueError(f"states of {like_SB.dtype}, {list(like_SB.shape)}, cannot be scanned")
+
+    def _resolve(self, like_SB: Tensor) -> tuple[Algorithm, int]:
+        """The algorithm, and the blocks of a ring."""
+        dtype = self.comm_dtype or like_SB.dtype
+        situation = {
+            "ranks": self.group.ranks,
+            "order": self.order,
+            "state_bytes": like_SB[0].numel() * dtype.itemsize,
+            "topology": self.group.topology or default_topology(like_SB.device),
+        }
+        if self.algorithm is None:
+            chosen = choose(**situation)  # type: ignore[arg-type]
+            return chosen.algorithm, chosen.blocks
+        if self.algorithm is Algorithm.RING:
+            return self.algorithm, best_blocks(**situation)  # type: ignore[arg-type]
+        return self.algorithm, 1
+
+    def _check_across_ranks(
+        self,
+        like_SB: Tensor,
+        algorithm: Algorithm,
+        blocks: int,
+        direction: Direction,
+        what: str,
+    ) -> None:
+        travels = self.comm_dtype or like_SB.dtype
+        self.group.check_equal(
+            f"states {list(like_SB.shape)} of {like_SB.dtype}, sent as {travels}, "
+            f"{self.order.value} order, {algorithm.value} in {blocks} block(s), {direction.value}",
+            device=like_SB.device,
+            what=what,
+        )
+
+
+class _ExclusiveScan(torch.autograd.Function):
+    """Forward: the scan. Backward: the same scan from the right."""
+
+    @staticmethod
+    def forward(ctx: Any, states_SB: Tensor, exchange: SpanExchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.start(states_SB.contiguous(), direction=Direction.FORWARD).wait()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:
+        pending = ctx.exchange.start(grad_SB.contiguous(), direction=Direction.REVERSE)
+        return pending.wait(), None
+
+
+def exclusive_scan(
+    states: Tensor,
+    keeps: Tensor | None = None,
+    *,
+    order: SequenceOrder | str,
+    group: Any = None,
+    algorithm: Algorithm | str = AUTO,
+    comm_dtype: torch.dtype | None = None,
+    all_keeps: Tensor | None = None,
+    label: str = "",
+) -> Tensor:
+    """What enters each of this rank's spans, ``[S, B, ...]`` like ``states``. Differentiable.
+
+    Args:
+        states: ``[S, B, ...]``, the summaries of this rank's spans in local memory order.
+        keeps: ``[S, B]``, theirs. Gathered from all ranks unless ``all_keeps`` is given.
+        all_keeps: ``[all spans, B]`` in sequence order, known to every rank.
+        order, group, algorithm, comm_dtype, label: see :class:`SpanExchange`.
+
+    Raises:
+        ValueError: keeps outside [0, 1]; shapes that do not fit or differ across ranks; an unknown
+            algorithm or order; neither or both of ``keeps`` and ``all_keeps``.
+        ScanError: a rank of the group died or is late.
+    """
+    exchange = _exchange(
+        states, keeps, all_keeps, SequenceOrder(order), group, algorithm, comm_dtype, label
+    )
+    carries: Tensor = _ExclusiveScan.apply(states, exchange)
+    return carries
+
+
+def start_exclusive_scan(
+    states: Tensor,
+    keeps: Tensor | None = None,
+    *,
+    order: SequenceOrder | str,
+    group: Any = None,
+    algorithm: Algorithm | str = AUTO,
+    comm_dtype: torch.dtype | None = None,
+    all_keeps: Tensor | None = None,
+    direction: Direction = Direction.FORWARD,
+    label: str = "",
+) -> PendingScan:
+    """Like :func:`exclusive_scan`, under way while the caller computes: ``handle.wait()`` gives the
+    carries, ``handle.exposed_s`` the seconds that the wait stood still. Not recorded by autograd.
+    """
+    exchange = _exchange(
+        states, keeps, all_keeps, SequenceOrder(order), group, algorithm, comm_dtype, label
+    )
+    return exchange.start(states, direction=direction)
+
+
+def parse_algorithm(algorithm: Algorithm | str) -> Algorithm | None:
+    """None for ``auto``. Raises ``ValueError`` listing what there is."""
+    if algorithm == AUTO:
+        return None
+    try:
+        return Algorithm(algorithm)
+    except ValueError:
+        known = ", ".join([AUTO, *(known.value for known in Algorithm)])
+        raise ValueError(f"scan algorithm {algorithm!r} is unknown; there are: {known}") from None
+
+
+def default_topology(device: torch.device) -> Topology:
+    """Constants where none were measured."""
+    return GPU_CLUSTER if device.type == "cuda" else CPU_MACHINE
+
+
+def _checked_keeps(all_keeps_SB: Tensor, ranks: int, order: SequenceOrder) -> Tensor:
+    spans = total_spans(ranks, order)
+    if all_keeps_SB.dim() != 2 or all_keeps_SB.shape[0] != spans:
+        raise ValueError(
+            f"keeps {list(all_keeps_SB.shape)} are not [{spans}, batch rows]: {ranks} "
+            f"{order.value} rank(s) hold {spans} span(s)"
+        )
+    keeps_SB = all_keeps_SB.detach().to("cpu", torch.float64)
+    wrong = ~((keeps_SB >= 0) & (keeps_SB <= 1))  # a NaN is wrong, too
+    if wrong.any():
+        span, row = (int(index) for index in wrong.nonzero()[0])
+        raise ValueError(
+            f"keep {keeps_SB[span, row].item()} of span {span}, row {row} is outside [0, 1]"
+        )
+    return keeps_SB
+
+
+def _exchange(
+    states: Tensor,
+    keeps: Tensor | None,
+    all_keeps: Tensor | None,
+    order: SequenceOrder,
+    group: Any,
+    algorithm: Algorithm | str,
+    comm_dtype: torch.dtype | None,
+    label: str,
+) -> SpanExchange:
+    if (keeps is None) == (all_keeps is None):
+        raise ValueError("give keeps (this rank's) or all_keeps (every span's), one of them")
+    group = ScanGroup.of(group)
+    if all_keeps is None:
+        assert keeps is not None
+        all_keeps = _gathered_keeps(keeps, states, order, group)
+    return SpanExchange(
+        all_keeps,
+        order=order,
+        group=group,
+        algorithm=algorithm,
+        comm_dtype=comm_dtype,
+        label=label,
+    )
+
+
+def _gathered_keeps(
+    keeps_SB: Tensor, states: Tensor, order: SequenceOrder, group: ScanGroup
+) -> Tensor:
+    """Every span's keeps in sequence order from each rank's own."""
+    what = group.describe(None, "")
+    group.check_equal(f"keeps {list(keeps_SB.shape)}", device=states.device, what=what)
+    local = keeps_SB.detach().to("cpu", torch.float64).contiguous()
+    every = local.new_empty(total_spans(group.ranks, order), *keeps_SB.shape[1:])
+    for rank, held in enumerate(group.gather(local, device=states.device, what=what)):
+        if held.shape[0] != spans_per_rank(order):
+            raise ValueError(
+                f"keeps {list(held.shape)}: a rank holds {spans_per_rank(order)} span(s) in "
+                f"{order.value} order"
+            )
+        every[spans_of_rank(rank, group.ranks, order)] = held
+    return every
+
+
+__all__ = [
+    "AUTO",
+    "Algorithm",
+    "ScanGroup",
+    "SpanExchange",
+    "exclusive_scan",
+    "parse_algorithm",
+    "start_exclusive_scan",
+]

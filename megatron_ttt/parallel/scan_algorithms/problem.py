@@ -1,0 +1,202 @@
+"""What every algorithm works on: nodes on a path of ranks, and the monoid's one operation.
+
+Spans that are neighbours in the sequence *and* lie on one rank form one **node** (zigzag: the two
+middle spans, both on rank P-1). Along the direction of the scan the nodes form a path that visits
+ranks 0, 1, ..., P-1 and, for zigzag, bounces back P-2, ..., 0. With ``(k_i, S_i)`` the keep and
+summary of node ``i``, the carries wanted are
+
+    E_0 = 0        E_{i+1} = k_i E_i + S_i
+
+so the summary of the last node is never needed, and node 0 needs no message.
+
+States are flat here: E elements = B rows, each of E / B. N nodes.
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.fast_weights import Direction
+from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
+
+
+@dataclass(frozen=True)
+class Message:
+    """A contiguous tensor to or from ``peer`` (a rank of the group)."""
+
+    peer: int
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One round of a rank: the program goes on when every ``receives`` is filled.
+
+    At most one message per pair and direction. Sent tensors are never written again.
+    """
+
+    sends: Sequence[Message] = ()
+    receives: Sequence[Message] = ()
+
+
+@dataclass(frozen=True)
+class Need:
+    """The program goes on when the summary of local node ``node`` has been handed in."""
+
+    node: int
+
+
+Program = Generator[Exchange | Need, None, None]
+Summaries = Mapping[int, Tensor]  # by node, flat [E], state dtype; never written by a program
+Carries = Mapping[int, Tensor]  # by node, flat [E], state dtype; filled by the program (not node 0)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who owns which node, and every node's keep; equal on all ranks.
+
+    ``keeps_NB``: float64 on the CPU, in [0, 1], in the order of the path.
+    """
+
+    owners: tuple[int, ...]
+    keeps_NB: Tensor
+
+    @property
+    def nodes(self) -> int:
+        return len(self.owners)
+
+    @cached_property
+    def nodes_of_rank(self) -> list[list[int]]:
+        held: list[list[int]] = [[] for _ in range(max(self.owners) + 1)]
+        for node, rank in enumerate(self.owners):
+            held[rank].append(node)
+        return held
+
+    def senders(self, rank: int) -> list[int]:
+        """Nodes of ``rank`` whose summary somebody else may need: all but the last of the path."""
+        return [node for node in self.nodes_of_rank[rank] if node != self.nodes - 1]
+
+    def receivers(self, rank: int) -> list[int]:
+        """Nodes of ``rank`` that something enters: all but the first of the path."""
+        return [node for node in self.nodes_of_rank[rank] if node != 0]
+
+    @cached_property
+    def _keeps(self) -> list[list[float]]:
+        return self.keeps_NB.tolist()
+
+    def keeps(self, node: int) -> list[float]:
+        """Keep of ``node`` for each row."""
+        return self._keeps[node]
+
+    @cached_property
+    def _window_keeps(self) -> list[list[list[float]]]:
+        tables, keeps = [self.keeps_NB], self.keeps_NB
+        width = 1
+        while width < self.nodes:
+            keeps = keeps.clone()
+            keeps[width:] *= tables[-1][:-width]
+            tables.append(keeps)
+            width *= 2
+        return [table.tolist() for table in tables]
+
+    def window_keeps(self, node: int, level: int) -> list[float]:
+        """Product of the keeps of the ``2**level`` nodes that end with ``node`` (or all before)."""
+        return self._window_keeps[level][node]
+
+
+@dataclass
+class ScanProblem:
+    """One rank's part of one scan. ``blocks``: pieces that ``ring`` pipelines."""
+
+    route: Route
+    rank: int
+    ranks: int
+    elements: int
+    rows: int
+    message_dtype: torch.dtype
+    blocks: int = 1
+    combined_elements: int = field(default=0, init=False)  # work done, for the simulated clock
+
+    @property
+    def nodes(self) -> list[int]:
+        return self.route.nodes_of_rank[self.rank]
+
+    def combine(
+        self,
+        keeps: Sequence[float],
+        earlier: Tensor,
+        later: Tensor,
+        *,
+        begin: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """``k * earlier + later``, elements ``begin`` onwards of a state, in ``later``'s dtype.
+
+        A keep of 0 selects ``later``: infinities and NaNs of another document do not pass.
+        ``out`` may be ``earlier`` or ``later``; without it the result may *be* ``later``.
+        """
+        self.combined_elements += later.numel()
+        if all(keep == keeps[0] for keep in keeps):
+            return _combine(keeps[0], earlier, later, out)
+        if out is None:
+            out = torch.empty_like(later)
+        size = self.elements // self.rows
+        end = begin + later.numel()
+        for row in range(begin // size, -(-end // size)):
+            part = slice(max(begin, row * size) - begin, min(end, (row + 1) * size) - begin)
+            _combine(keeps[row], earlier[part], later[part], out[part])
+        return out
+
+    def message(self, state: Tensor) -> Tensor:
+        """``state`` in the dtype that travels."""
+        return state.to(self.message_dtype)
+
+    def buffer(self, like: Tensor, elements: int) -> Tensor:
+        """An empty message of ``elements``."""
+        return like.new_empty(elements, dtype=self.message_dtype)
+
+
+def _combine(keep: float, earlier: Tensor, later: Tensor, out: Tensor | None) -> Tensor:
+    if keep == 0.0:
+        return later if out is None else out.copy_(later)
+    if earlier.dtype != later.dtype:
+        earlier = earlier.to(later.dtype)
+    if out is None:
+        return torch.add(later, earlier, alpha=keep)
+    return torch.add(later, earlier, alpha=keep, out=out)
+
+
+def span_path(ranks: int, order: SequenceOrder, direction: Direction) -> list[list[int]]:
+    """Spans of each node, both in the order of the scan: REVERSE starts at the row's last span."""
+    spans = list(range(total_spans(ranks, order)))
+    if direction is Direction.REVERSE:
+        spans.reverse()
+    path: list[list[int]] = []
+    for span in spans:
+        owner = rank_of_span(span, ranks, order)
+        if path and rank_of_span(path[-1][-1], ranks, order) == owner:
+            path[-1].append(span)
+        else:
+            path.append([span])
+    return path
+
+
+def make_route(
+    keeps_SB: Tensor, *, ranks: int, order: SequenceOrder, direction: Direction
+) -> Route:
+    """The path of nodes with their keeps, from every span's keep in sequence order."""
+    path = span_path(ranks, order, direction)
+    keeps_NB = torch.stack([keeps_SB[node].prod(dim=0) for node in path])
+    owners = tuple(rank_of_span(node[0], ranks, order) for node in path)
+    return Route(owners, keeps_NB)
+
+
+def split(elements: int, parts: int) -> list[tuple[int, int]]:
+    """``elements`` cut into ``parts`` half-open ranges whose sizes differ by one at most."""
+    size, longer = divmod(elements, parts)
+    edges = [part * size + min(part, longer) for part in range(parts + 1)]
+    return list(pairwise(edges))

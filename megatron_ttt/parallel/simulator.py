@@ -1,0 +1,200 @@
+"""Runs the scan's real programs on thousands of simulated ranks in one process, with a clock.
+
+Messages are delivered by an event queue. A rank has one sending and one receiving port per kind of
+link (full duplex); a message occupies first the one, then, as soon as it has begun and the port is
+free, the other, each for ``alpha + beta * bytes`` (Hockney's model, cut-through, a network that
+buffers). A rank's own combining costs ``combine_s_per_byte``. A tensor is read when it has
+*arrived*, so a program that overwrites what it has sent always computes wrongly here.
+"""
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from megatron_ttt.fast_weights import Direction
+from megatron_ttt.parallel.cost import Topology
+from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.parallel.scan_algorithms import PROGRAMS, Algorithm
+from megatron_ttt.parallel.scan_algorithms.problem import (
+    Exchange,
+    Message,
+    Need,
+    Program,
+    ScanProblem,
+)
+from megatron_ttt.parallel.spans import LocalSpans, SpanRoute
+
+
+@dataclass
+class Simulation:
+    """``carries_PSB``: per rank ``[S, B, ...]`` in memory order; times in simulated seconds."""
+
+    carries_PSB: list[Tensor]
+    seconds: float
+    finished_s: list[float]
+    bytes_sent: list[int]
+    messages_sent: list[int]
+
+
+@dataclass
+class _Rank:
+    program: Program
+    problem: ScanProblem
+    spans: LocalSpans
+    clock_s: float = 0.0
+    waiting: Sequence[Message] = ()
+    missing: int = 0
+    combined: int = 0
+    bytes_sent: int = 0
+    messages_sent: int = 0
+    finished: bool = False
+
+
+@dataclass
+class _Network:
+    """Ports, events and messages under way. ``scale``: nominal bytes per byte really held.
+
+    Events are ``(time, count, rank, message)``: without a message the rank goes on, with one the
+    message leaves ``rank``.
+    """
+
+    topology: Topology
+    scale: float
+    events: list[tuple[float, int, int, Message | None]] = field(default_factory=list)
+    count: int = 0
+    sending: dict[tuple[int, bool], float] = field(default_factory=lambda: defaultdict(float))
+    receiving: dict[tuple[int, bool], float] = field(default_factory=lambda: defaultdict(float))
+    arriving: dict[tuple[int, int], deque[tuple[float, Tensor]]] = field(
+        default_factory=lambda: defaultdict(deque)
+    )
+
+    def schedule(self, time: float, rank: int, message: Message | None = None) -> None:
+        self.count += 1
+        heapq.heappush(self.events, (time, self.count, rank, message))
+
+    def post(self, source: int, message: Message, now: float) -> None:
+        """Queue a message at its sender's port."""
+        inner, occupied = self._link(source, message)
+        begin = max(now, self.sending[source, inner])
+        self.sending[source, inner] = begin + occupied
+        self.schedule(begin, source, message)
+
+    def leave(self, source: int, message: Message, now: float) -> None:
+        """The message begins to flow: queue it at its receiver's port."""
+        inner, occupied = self._link(source, message)
+        end = max(now, self.receiving[message.peer, inner]) + occupied
+        self.receiving[message.peer, inner] = end
+        self.arriving[source, message.peer].append((end, message.tensor))
+
+    def _link(self, source: int, message: Message) -> tuple[bool, float]:
+        inner = source // self.topology.island == message.peer // self.topology.island
+        link = self.topology.intra if inner else self.topology.inter
+        size = message.tensor.numel() * message.tensor.element_size()
+        return inner, link.seconds(size * self.scale)
+
+
+def simulate(
+    states_PSB: Sequence[Tensor],
+    all_keeps_SB: Tensor,
+    *,
+    order: SequenceOrder,
+    algorithm: Algorithm,
+    topology: Topology,
+    direction: Direction = Direction.FORWARD,
+    message_dtype: torch.dtype | None = None,
+    blocks: int = 1,
+    nominal_bytes: float | None = None,
+) -> Simulation:
+    """The exclusive scan on ``len(states_PSB)`` simulated ranks.
+
+    ``states_PSB``: each rank's summaries ``[S, B, ...]`` in memory order. ``all_keeps_SB``: every
+    span's keep in sequence order. ``nominal_bytes``: what one state (all its rows) is taken to
+    weigh by the clock; None: what it weighs.
+    """
+    ranks = len(states_PSB)
+    route = SpanRoute(all_keeps_SB, ranks=ranks, order=order, direction=direction)
+    members = []
+    for rank, states in enumerate(states_PSB):
+        spans = LocalSpans(states, route, rank=rank, message_dtype=message_dtype, blocks=blocks)
+        for span in range(states.shape[0]):
+            spans.provide(span, states[span])
+        program = PROGRAMS[algorithm](spans.problem, spans.summaries, spans.carries)
+        members.append(_Rank(program, spans.problem, spans))
+    held = members[0].problem.elements * states_PSB[0].element_size()
+    network = _Network(topology, 1.0 if nominal_bytes is None else nominal_bytes / held)
+    if ranks > 1:
+        _deliver_all(members, network)
+    for member in members:
+        member.spans.expand()
+    return Simulation(
+        [member.spans.carries_SB for member in members],
+        max(member.clock_s for member in members),
+        [member.clock_s for member in members],
+        [member.bytes_sent for member in members],
+        [member.messages_sent for member in members],
+    )
+
+
+def _deliver_all(members: list[_Rank], network: _Network) -> None:
+    for rank in range(len(members)):
+        network.schedule(0.0, rank)
+    awaited: set[tuple[int, int]] = set()
+    while network.events:
+        now, _, rank, message = heapq.heappop(network.events)
+        if message is None:
+            _go_on(members[rank], rank, now, network, awaited)
+            continue
+        network.leave(rank, message, now)
+        if (rank, message.peer) in awaited:
+            awaited.remove((rank, message.peer))
+            members[message.peer].missing -= 1
+            if members[message.peer].missing == 0:
+                _resume(members[message.peer], message.peer, network)
+    stuck = [rank for rank, member in enumerate(members) if not member.finished]
+    assert not stuck, f"ranks {stuck[:8]} wait for messages that nobody sends"
+    leftover = [pair for pair, messages in network.arriving.items() if messages]
+    assert not leftover, f"messages that nobody receives: {leftover[:8]}"
+
+
+def _go_on(
+    member: _Rank, rank: int, now: float, network: _Network, awaited: set[tuple[int, int]]
+) -> None:
+    """Take in what has arrived, run the program to its next messages, post them."""
+    member.clock_s = now
+    for message in member.waiting:
+        message.tensor.copy_(network.arriving[message.peer, rank].popleft()[1])
+    request = _next_exchange(member, network)
+    if request is None:
+        member.finished = True
+        return
+    for message in request.sends:
+        member.bytes_sent += message.tensor.numel() * message.tensor.element_size()
+        member.messages_sent += 1
+        network.post(rank, message, member.clock_s)
+    member.waiting = request.receives
+    absent = [m.peer for m in request.receives if not network.arriving[m.peer, rank]]
+    awaited.update((peer, rank) for peer in absent)
+    member.missing = len(absent)
+    if not absent:
+        _resume(member, rank, network)
+
+
+def _next_exchange(member: _Rank, network: _Network) -> Exchange | None:
+    """Run the program to its next messages and charge the clock for what it combined."""
+    request: Exchange | Need | None = next(member.program, None)
+    while isinstance(request, Need):  # simulated summaries exist from the start
+        request = next(member.program, None)
+    new = member.problem.combined_elements - member.combined
+    member.combined = member.problem.combined_elements
+    size = member.spans.carries_SB.element_size() * network.scale
+    member.clock_s += network.topology.combine_s_per_byte * new * size
+    return request
+
+
+def _resume(member: _Rank, rank: int, network: _Network) -> None:
+    arrivals = [network.arriving[message.peer, rank][0][0] for message in member.waiting]
+    network.schedule(max([member.clock_s, *arrivals]), rank)

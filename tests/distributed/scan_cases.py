@@ -1,0 +1,186 @@
+"""What ranks of the scan tests run: module-level functions that the pool can import.
+
+Shape suffixes: S all spans in sequence order, B batch rows, M elements of a row's state.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_ttt.fast_weights import Direction
+from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, total_spans
+from megatron_ttt.parallel.scan import ScanGroup, SpanExchange, exclusive_scan
+from megatron_ttt.parallel.scan_algorithms import Algorithm
+
+
+@dataclass(frozen=True)
+class Case:
+    order: SequenceOrder
+    algorithm: Algorithm
+    rows: int = 2
+    elements: int = 37
+    state_dtype: torch.dtype = torch.float64
+    comm_dtype: torch.dtype | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """States, keeps and the gradient of the carries; all spans, in sequence order."""
+
+    states_SBM: Tensor
+    keeps_SB: Tensor
+    gradient_SBM: Tensor
+
+
+def make_problem(case: Case, ranks: int) -> Problem:
+    """Random states; a third of the keeps 0, a third 1, the others fractional."""
+    generator = torch.Generator().manual_seed(1000 * case.seed + ranks)
+    spans = total_spans(ranks, case.order)
+    shape = (spans, case.rows, case.elements)
+    keeps_SB = torch.rand(shape[:2], generator=generator, dtype=torch.float64)
+    keeps_SB = torch.where(keeps_SB < 1 / 3, 0.0, torch.where(keeps_SB > 2 / 3, 1.0, keeps_SB))
+    states_SBM, gradient_SBM = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return Problem(states_SBM, keeps_SB, gradient_SBM)
+
+
+def scan_by_definition(
+    states_SBM: Tensor, keeps_SB: Tensor, direction: Direction = Direction.FORWARD
+) -> Tensor:
+    """The recurrence, span by span."""
+    spans = range(states_SBM.shape[0])
+    carry_BM = torch.zeros_like(states_SBM[0])
+    carries_SBM = [carry_BM] * len(spans)
+    for span in spans if direction is Direction.FORWARD else reversed(spans):
+        carries_SBM[span] = carry_BM
+        keep_B1 = keeps_SB[span].unsqueeze(-1)
+        kept_BM = torch.where(keep_B1 == 0, torch.zeros_like(carry_BM), keep_B1 * carry_BM)
+        carry_BM = kept_BM + states_SBM[span]
+    return torch.stack(carries_SBM)
+
+
+def scan_and_gradient(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, Tensor]]:
+    """This rank's carries and the gradient of its states, per case."""
+    group = ScanGroup(dist.group.WORLD)
+    results = []
+    for case in cases:
+        problem = make_problem(case, ranks)
+        held = spans_of_rank(rank, ranks, case.order)
+        states = problem.states_SBM[held].to(case.state_dtype).requires_grad_()
+        carries = exclusive_scan(
+            states,
+            order=case.order,
+            group=group,
+            algorithm=case.algorithm,
+            comm_dtype=case.comm_dtype,
+            all_keeps=problem.keeps_SB,
+        )
+        carries.backward(problem.gradient_SBM[held].to(case.state_dtype))
+        assert states.grad is not None
+        results.append((carries.detach(), states.grad))
+    return results
+
+
+def scan_poisoned(rank: int, ranks: int, case: Case) -> Tensor:
+    """Infinities in front of every keep of 0 and NaN as the last span's summary."""
+    problem = make_problem(case, ranks)
+    states_SBM = problem.states_SBM.clone()
+    before_reset = torch.roll(problem.keeps_SB == 0, -1, dims=0)
+    before_reset[-1] = False
+    states_SBM[before_reset] = torch.inf
+    states_SBM[-1] = torch.nan
+    return exclusive_scan(
+        states_SBM[spans_of_rank(rank, ranks, case.order)],
+        order=case.order,
+        group=dist.group.WORLD,
+        algorithm=case.algorithm,
+        all_keeps=problem.keeps_SB,
+    )
+
+
+def scan_with_gathered_keeps(rank: int, ranks: int, case: Case) -> Tensor:
+    """Each rank knows its own keeps only, and passes a bare process group."""
+    problem = make_problem(case, ranks)
+    held = spans_of_rank(rank, ranks, case.order)
+    return exclusive_scan(
+        problem.states_SBM[held],
+        problem.keeps_SB[held],
+        order=case.order,
+        group=dist.group.WORLD,
+        algorithm=case.algorithm,
+    )
+
+
+def scan_on_subgroups(rank: int, ranks: int, case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Even and odd ranks scan apart, at the same time, with gradients."""
+    groups = [dist.new_group(list(range(parity, ranks, 2))) for parity in range(2)]
+    group = groups[rank % 2]
+    problem = make_problem(case, dist.get_world_size(group))
+    held = spans_of_rank(dist.get_rank(group), dist.get_world_size(group), case.order)
+    states = problem.states_SBM[held].requires_grad_()
+    carries = exclusive_scan(
+        states,
+        order=case.order,
+        group=group,
+        algorithm=case.algorithm,
+        all_keeps=problem.keeps_SB,
+    )
+    carries.backward(problem.gradient_SBM[held])
+    assert states.grad is not None
+    return [(carries.detach(), states.grad)]
+
+
+def count_traffic(rank: int, ranks: int, cases: list[Case]) -> list[tuple[int, int, int]]:
+    """Bytes, messages and blocks of each case, as the transport counted them."""
+    counts = []
+    group = ScanGroup(dist.group.WORLD)
+    for case in cases:
+        for direction in Direction:
+            problem = make_problem(case, ranks)
+            exchange = SpanExchange(
+                problem.keeps_SB,
+                order=case.order,
+                group=group,
+                algorithm=case.algorithm,
+                comm_dtype=case.comm_dtype,
+            )
+            states = problem.states_SBM[spans_of_rank(rank, ranks, case.order)]
+            pending = exchange.start(states.to(case.state_dtype), direction=direction)
+            pending.wait()
+            record = pending.record
+            counts.append((record.bytes_sent, record.messages_sent, record.blocks))
+    return counts
+
+
+def scans_in_flight(rank: int, ranks: int, cases: list[Case]) -> list[Tensor]:
+    """Start every scan, do other collectives meanwhile, then wait in the opposite order."""
+    group = ScanGroup(dist.group.WORLD)
+    pending = []
+    for case in cases:
+        problem = make_problem(case, ranks)
+        exchange = SpanExchange(
+            problem.keeps_SB, order=case.order, group=group, algorithm=case.algorithm
+        )
+        states = problem.states_SBM[spans_of_rank(rank, ranks, case.order)]
+        pending.append(exchange.start(states, direction=Direction.FORWARD))
+        total = torch.ones(3)
+        dist.all_reduce(total)
+        assert total.tolist() == [ranks] * 3
+    return [handle.wait() for handle in reversed(pending)][::-1]
+
+
+def scan_handed_in_late(rank: int, ranks: int, case: Case) -> Tensor:
+    """Summaries are provided one by one after the scan has been opened, last span first."""
+    problem = make_problem(case, ranks)
+    exchange = SpanExchange(
+        problem.keeps_SB, order=case.order, group=dist.group.WORLD, algorithm=case.algorithm
+    )
+    states = problem.states_SBM[spans_of_rank(rank, ranks, case.order)]
+    needed = exchange.needs_summary(Direction.FORWARD)
+    pending = exchange.open(torch.empty_like(states), direction=Direction.FORWARD)
+    for span in reversed(range(len(needed))):
+        if needed[span]:
+            pending.provide(span, states[span])
+    return pending.wait()
