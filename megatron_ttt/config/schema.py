@@ -267,6 +267,7 @@ class LoggingConfig:
     wandb_project: str = "megatron_ttt"
     wandb_entity: str | None = None
     plot: bool = False  # draw loss.png at the end
+    sample_ids: bool = False  # note which samples each step read, in samples.jsonl
     peak_tflops_per_device: float | None = None  # for MFU; null: not reported
 
 

@@ -3,12 +3,17 @@
 A checkpoint is written to a folder beside its place, synced, listed with sizes and checksums in
 ``manifest.json``, and made visible by one rename; ``latest`` moves last. Whatever a killed run
 leaves behind is therefore no checkpoint, and is never mistaken for one.
+
+Every rank records the files that it wrote (:func:`record_files`), so that no single rank has to
+read everything; the first one gathers the records into the manifest (:func:`publish`). In the
+same way every rank can check its share of a checkpoint (:func:`check_files`).
 """
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
+SUPERSEDED = ".superseded"
+_RECORDS = "records_*.json"
 _READ_BYTES = 1 << 22
 
 
@@ -37,6 +44,29 @@ class Progress:
     metrics_bytes: int
 
 
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and SHA-256 of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        progress: of the run.
+        facts: what else was worth keeping: layout, configuration, versions.
+        files: by path inside the folder; everything but the manifest.
+    """
+
+    progress: Progress
+    facts: dict[str, Any]
+    files: dict[str, FileRecord]
+
+
 class DamagedCheckpoint(Exception):
     """A checkpoint folder is incomplete or altered; the message says which file and how."""
 
@@ -46,9 +76,13 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
-def partial_folder(root: Path, step: int) -> Path:
-    """Where that checkpoint is written before it is visible."""
-    return root / f"step_{step:08d}{PARTIAL}"
+def partial_folder(root: Path, step: int, token: str) -> Path:
+    """Where that checkpoint is written before it is visible.
+
+    ``token`` differs at every attempt: what is left of a killed run, perhaps still being written
+    by a process that outlived it, never mixes with the next attempt.
+    """
+    return root / f"step_{step:08d}{PARTIAL}.{token}"
 
 
 def complete_folders(root: Path) -> list[Path]:
@@ -60,28 +94,50 @@ def complete_folders(root: Path) -> list[Path]:
     )
 
 
-def publish(root: Path, progress: Progress, facts: dict[str, Any]) -> Path:
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed runs left half written."""
+    for path in root.glob(f"step_*{PARTIAL}*"):
+        shutil.rmtree(path)
+
+
+def record_files(folder: Path, names: Iterable[str], *, writer: int) -> None:
+    """Sync the named files of ``folder`` and note their sizes and checksums for :func:`publish`.
+
+    Args:
+        folder: the partial folder.
+        names: paths inside it.
+        writer: a number of its own for everyone who records files (the rank).
+    """
+    records = {name: asdict(_record(folder / name, sync=True)) for name in names}
+    _write_synced(folder / _RECORDS.replace("*", f"{writer:05d}"), json.dumps(records))
+
+
+def publish(root: Path, partial: Path, progress: Progress, facts: dict[str, Any]) -> Path:
     """Make a fully written partial folder visible.
 
     Args:
         root: the run's ``checkpoints`` folder.
+        partial: the folder; files that nobody has recorded yet are recorded here.
         progress: of the run.
-        facts: what else the manifest should hold (layout, model, versions).
+        facts: what else the manifest should hold.
 
     Returns:
         The visible folder.
     """
-    partial, final = partial_folder(root, progress.step), step_folder(root, progress.step)
-    files = {}
+    records: dict[str, FileRecord] = {}
+    for path in sorted(partial.glob(_RECORDS)):
+        for name, record in json.loads(path.read_text()).items():
+            records[name] = FileRecord(**record)
+        path.unlink()
     for path in sorted(partial.rglob("*")):
-        if path.is_file():
-            digest = _digest(path, sync=True)
-            files[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {"progress": asdict(progress), "facts": facts, "files": files}
-    _write_synced(partial / MANIFEST, json.dumps(manifest, indent=1))
+        name = str(path.relative_to(partial))
+        if path.is_file() and name not in records:
+            records[name] = _record(path, sync=True)
+    _write_manifest(partial, Manifest(progress, facts, records))
     _sync_folder(partial)
-    if final.exists():  # left by a run that was cut back before it
-        shutil.rmtree(final)
+    final = step_folder(root, progress.step)
+    if final.exists():
+        _hide_and_remove(final)
     partial.rename(final)
     _sync_folder(root)
     beside = root / f"{LATEST}{PARTIAL}"
@@ -91,42 +147,65 @@ def publish(root: Path, progress: Progress, facts: dict[str, Any]) -> Path:
     return final
 
 
-def verify(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """Check a folder against its manifest.
-
-    Returns:
-        Its progress and facts.
+def read_manifest(folder: Path) -> Manifest:
+    """A folder's manifest, whose files are present in full length; contents are not read.
 
     Raises:
         DamagedCheckpoint: naming the file and what is wrong with it.
     """
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        progress, facts = Progress(**manifest["progress"]), manifest["facts"]
-        files = manifest["files"]
+        document = json.loads(path.read_text())
+        claimed = document.pop("sha256")
+        manifest = Manifest(
+            Progress(**document["progress"]),
+            document["facts"],
+            {name: FileRecord(**record) for name, record in document["files"].items()},
+        )
     except FileNotFoundError as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is missing") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{folder / MANIFEST} is unreadable ({error})") from error
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpoint(f"{path} is missing")
-        size = path.stat().st_size
-        if size != expected["bytes"]:
-            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {expected['bytes']}")
-        if _digest(path) != expected["sha256"]:
-            raise DamagedCheckpoint(f"{path} does not match its checksum")
-    return progress, facts
+        raise DamagedCheckpoint(f"{path} is missing") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{path} is unreadable ({error})") from error
+    if claimed != _digest_of(document):
+        raise DamagedCheckpoint(f"{path} does not match its own checksum")
+    for name, record in manifest.files.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file} is missing")
+        if file.stat().st_size != record.bytes:
+            raise DamagedCheckpoint(
+                f"{file} has {file.stat().st_size} bytes instead of {record.bytes}"
+            )
+    return manifest
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that it is kept but never loaded."""
-    target = folder.with_name(folder.name + DAMAGED)
+def check_files(
+    folder: Path, files: Mapping[str, FileRecord], *, part: int = 0, parts: int = 1
+) -> None:
+    """Compare contents with checksums: all files, or the ``part``-th of ``parts`` shares.
+
+    Raises:
+        DamagedCheckpoint: naming the file.
+    """
+    by_size = sorted(files, key=lambda name: (-files[name].bytes, name))
+    for name in by_size[part::parts]:
+        try:
+            found = _record(folder / name)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from error
+        if found != files[name]:
+            raise DamagedCheckpoint(f"{folder / name} does not match its checksum")
+
+
+def set_aside(folder: Path, mark: str = DAMAGED) -> Path:
+    """Rename a checkpoint so that it is kept but never loaded."""
+    target = folder.with_name(folder.name + mark)
     number = 0
     while target.exists():
         number += 1
-        target = folder.with_name(f"{folder.name}{DAMAGED}.{number}")
+        target = folder.with_name(f"{folder.name}{mark}.{number}")
     folder.rename(target)
     return target
 
@@ -139,21 +218,49 @@ def remove_surplus(root: Path, *, keep_last: int | None, keep_every: int | None)
     for path in complete_folders(root)[keep_last:]:
         if keep_every is not None and int(path.name[5:]) % keep_every == 0:
             continue
-        hidden = path.with_name(path.name + PARTIAL)  # no half-deleted folder is ever visible
-        path.rename(hidden)
-        shutil.rmtree(hidden)
+        _hide_and_remove(path)
         removed.append(path)
     return removed
 
 
-def _digest(path: Path, *, sync: bool = False) -> str:
-    digest = hashlib.sha256()
+def sync_file(path: Path) -> int:
+    """Force a file to disk; its length. A file that does not exist has length 0."""
+    if not path.exists():
+        return 0
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _hide_and_remove(folder: Path) -> None:
+    """No half-deleted folder is ever visible under a checkpoint's name."""
+    hidden = folder.with_name(f"{folder.name}{PARTIAL}.removed")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    document = asdict(manifest)
+    document["sha256"] = _digest_of(document)
+    _write_synced(folder / MANIFEST, json.dumps(document, indent=1))
+
+
+def _digest_of(document: dict[str, Any]) -> str:
+    """Of a manifest without its own checksum, however it is indented."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _record(path: Path, *, sync: bool = False) -> FileRecord:
+    digest, length = hashlib.sha256(), 0
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
             digest.update(block)
+            length += len(block)
         if sync:
             os.fsync(file.fileno())
-    return digest.hexdigest()
+    return FileRecord(length, digest.hexdigest())
 
 
 def _write_synced(path: Path, text: str) -> None:

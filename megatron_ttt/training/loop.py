@@ -1,8 +1,10 @@
 """Pretraining, from a configuration to the last checkpoint: read :func:`pretrain` first."""
 
+import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,15 @@ from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transformer_config
 from megatron_ttt.data.batches import DataStreams, build_data
 from megatron_ttt.model.build import build_model
-from megatron_ttt.training import checkpoint
-from megatron_ttt.training.checkpoint_files import Progress, remove_surplus
+from megatron_ttt.training import resilience
+from megatron_ttt.training.checkpoint import TrainingState
+from megatron_ttt.training.checkpoint_files import Progress, sync_file
+from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, distributed
 from megatron_ttt.training.flops import training_flops
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
+from megatron_ttt.training.resilience import STOPPED, StopRequest
+from megatron_ttt.training.resume import start
 from megatron_ttt.training.step import (
     ForwardStep,
     LossSum,
@@ -35,6 +41,9 @@ from megatron_ttt.training.step import (
     run_micro_batches,
     update_ratios,
 )
+
+# a path or a message is shown as it is: not coloured, not broken into lines
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 
 
 @dataclass
@@ -51,6 +60,11 @@ class Trainer:
     def stage(self) -> Any:
         """The pipeline stage inside DDP."""
         return self.model.module
+
+    @property
+    def state(self) -> TrainingState:
+        """What checkpoints hold."""
+        return TrainingState(self.stage, self.optimizer, self.scheduler)
 
     def train_step(self, data: Any) -> tuple[LossSum, float, Observations]:
         """One optimizer step over a global batch: (loss, gradient norm, observations)."""
@@ -88,27 +102,72 @@ class Trainer:
 def pretrain(config: Config) -> int:
     """Train as the configuration says; returns the process's exit status.
 
+    0: all steps done. 1: a checkpoint could not be saved. :data:`~.resilience.STOPPED`: asked to
+    stop, saved, to be started again.
+
     Raises:
         ConfigError: for mistakes that only show when the run starts (data, checkpoints).
     """
     with ExitStack() as stack:
+        stop = stack.enter_context(resilience.listening())
+        stack.enter_context(resilience.deterministic(config.run.deterministic))
         ranks = stack.enter_context(distributed(config))
         console = Console(quiet=not ranks.is_first)
         trainer = build_trainer(config, ranks)
-        progress = start(trainer, console)
+        progress = start(config, trainer.state, ranks, partial(console.print, **PLAIN))
         data = open_data(config, ranks, progress)
         reporter = None
         if ranks.is_first:  # nothing is written before everything that can be refused has passed
-            folder = Path(config.run.dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.create(_as_dict(config)), folder / CONFIG_FILE)
-            reporter = Reporter(config, _as_dict(config), console, done=progress.step)
+            reporter = open_reporter(config, progress, console)
             stack.callback(reporter.close)
-            reporter.file.cut_to(progress.metrics_bytes)
-        train(trainer, data, progress, reporter, console)
+        saver = build_saver(trainer, console)
+        try:
+            done = train(trainer, data, progress, reporter, saver, stop)
+            saver.finish()
+        except SaveFailed as error:
+            Console(stderr=True, quiet=not ranks.is_first).print(str(error), **PLAIN)
+            return 1
+        if not done:
+            console.print("stopped as asked; the same command goes on from here", **PLAIN)
+            return STOPPED
     if ranks.is_first:
         finish(config, console)
     return 0
+
+
+def open_reporter(config: Config, progress: Progress, console: Console) -> Reporter:
+    """The run's folder and everything in it that rows go to, cut back to where the run stands.
+
+    Raises:
+        ConfigError: the folder cannot be written to.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(_as_dict(config)), folder / CONFIG_FILE)
+        reporter = Reporter(config, _as_dict(config), console, done=progress.step)
+        reporter.file.cut_to(progress.metrics_bytes)
+    except OSError as error:
+        message = f"cannot be written to ({resilience.reason(error)})"
+        raise ConfigError([Fault("run.dir", config.run.dir, message)]) from error
+    return reporter
+
+
+def build_saver(trainer: Trainer, console: Console) -> CheckpointSaver:
+    """Saves this run's checkpoints as the configuration says."""
+    config, settings = trainer.config, trainer.config.checkpoint
+    return CheckpointSaver(
+        Path(config.run.dir) / "checkpoints",
+        trainer.state,
+        ranks=trainer.ranks,
+        mode=SaveMode.ASYNCHRONOUS if settings.async_save else SaveMode.SYNCHRONOUS,
+        facts={
+            "config": _as_dict(config),
+            "versions": {name: version(name) for name in ("torch", "megatron-core")},
+        },
+        retention=Retention(settings.keep_last, settings.keep_every),
+        report=partial(console.print, **PLAIN),
+    )
 
 
 def open_data(config: Config, ranks: Ranks, progress: Progress) -> DataStreams:
@@ -164,61 +223,19 @@ def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamS
     )
 
 
-def start(trainer: Trainer, console: Console) -> Progress:
-    """Resume, start from given weights, or start from nothing."""
-    config, ranks = trainer.config, trainer.ranks
-    root = Path(config.run.dir) / "checkpoints"
-    folder: Path | None = None
-    if config.run.resume == "auto":
-        folder = checkpoint.newest(root, ranks, console.print)
-    elif config.run.resume != "never":
-        folder = Path(config.run.resume)
-    elif list(root.glob("step_*")):
-        raise ConfigError(
-            [
-                Fault(
-                    "run.resume",
-                    "never",
-                    f"{root} holds checkpoints; use run.resume=auto or another run.dir",
-                )
-            ]
-        )
-    if folder is not None:
-        try:
-            progress, facts = checkpoint.verified(folder, ranks)
-        except checkpoint.DamagedCheckpoint as error:
-            raise ConfigError([Fault("run.resume", config.run.resume, str(error))]) from error
-        checkpoint.load(
-            folder,
-            model=trainer.stage,
-            optimizer=trainer.optimizer,
-            scheduler=trainer.scheduler,
-            ranks=ranks,
-            seed=config.train.seed,
-            progress=progress,
-            saved_layout=facts["layout"],
-        )
-        console.print(f"resumed from {folder} at step {progress.step}")
-        return progress
-    if config.checkpoint.load is not None:
-        checkpoint.load_weights(
-            Path(config.checkpoint.load),
-            model=trainer.stage,
-            optimizer=trainer.optimizer,
-            ranks=ranks,
-        )
-        console.print(f"weights from {config.checkpoint.load}")
-    return Progress(step=0, consumed_samples=0, consumed_tokens=0, metrics_bytes=0)
-
-
 def train(
     trainer: Trainer,
     data: DataStreams,
     progress: Progress,
     reporter: Reporter | None,
-    console: Console,
-) -> None:
-    """Steps, validations and checkpoints until ``train.steps`` are done."""
+    saver: CheckpointSaver,
+    stop: StopRequest,
+) -> bool:
+    """Steps, validations and checkpoints until ``train.steps`` are done, or a stop is asked for.
+
+    Returns:
+        Whether all steps are done. Either way the last one is saved, or being saved.
+    """
     config = trainer.config
     batch = config.train.global_batch_size
     for step in range(progress.step + 1, config.train.steps + 1):
@@ -238,15 +255,24 @@ def train(
             row |= _validate(trainer, data)
         if reporter is not None:
             reporter.write(row)
+        if config.logging.sample_ids:
+            _log_samples(trainer, step, observations)
+        saver.poll()
+        stopping = step < config.train.steps and stop.ranks_agree(trainer.ranks)
         interval = config.checkpoint.interval
-        if step == config.train.steps or (interval is not None and step % interval == 0):
-            done = Progress(
-                step=step,
-                consumed_samples=step * batch,
-                consumed_tokens=step * batch * config.train.seq_length,
-                metrics_bytes=reporter.file.size() if reporter is not None else 0,
+        due = interval is not None and step % interval == 0
+        if due or stopping or step == config.train.steps:
+            saver.save(
+                Progress(
+                    step=step,
+                    consumed_samples=step * batch,
+                    consumed_tokens=step * batch * config.train.seq_length,
+                    metrics_bytes=sync_file(reporter.file.path) if reporter is not None else 0,
+                )
             )
-            _save(trainer, done, console)
+        if stopping:
+            return False
+    return True
 
 
 def finish(config: Config, console: Console) -> None:
@@ -260,25 +286,15 @@ def finish(config: Config, console: Console) -> None:
     console.print(f"done: {', '.join(contents)} are in {folder.resolve()}", soft_wrap=True)
 
 
-def _save(trainer: Trainer, progress: Progress, console: Console) -> None:
-    config, ranks = trainer.config, trainer.ranks
-    root = Path(config.run.dir) / "checkpoints"
-    folder = checkpoint.save(
-        root,
-        progress,
-        model=trainer.stage,
-        optimizer=trainer.optimizer,
-        scheduler=trainer.scheduler,
-        ranks=ranks,
-        facts={
-            "config": _as_dict(config),
-            "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        },
-    )
-    console.print(f"saved {folder}", highlight=False, soft_wrap=True)
+def _log_samples(trainer: Trainer, step: int, observations: Observations) -> None:
+    """Append the step's sample numbers to ``samples.jsonl``, as often as the step is done."""
+    ranks = trainer.ranks
+    parts: list[list[int]] = [[] for _ in range(ranks.data_size)]
+    dist.all_gather_object(parts, observations.sample_ids, group=ranks.groups.dp)
     if ranks.is_first:
-        settings = config.checkpoint
-        remove_surplus(root, keep_last=settings.keep_last, keep_every=settings.keep_every)
+        row = {"step": step, "samples": sorted(number for part in parts for number in part)}
+        with (Path(trainer.config.run.dir) / "samples.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def _validate(trainer: Trainer, data: DataStreams) -> Row:

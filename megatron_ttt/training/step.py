@@ -33,12 +33,14 @@ class Observations:
         tokens: tokens read, padding included, counted on this data-parallel rank.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         exposed_s: seconds the layers waited for the scan.
+        sample_ids: numbers of the rows read, in reading order.
     """
 
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
     tokens: int = 0
     pairs: int = 0
     exposed_s: float = 0.0
+    sample_ids: list[int] = field(default_factory=list)
 
     def add(self, layout: SequenceLayout) -> None:
         """Take over what a micro-batch's layers wrote into its layout."""
@@ -91,6 +93,7 @@ class ForwardStep:
         )
         self.observations.add(layout)
         self.observations.tokens += batch.tokens_BT.numel()
+        self.observations.sample_ids += batch.sample_ids_B.tolist()
         self.observations.pairs += visible_pairs(
             batch.document_starts_BT if self.config.data.reset_attention else None,
             shape=(batch.tokens_BT.shape[0], batch.tokens_BT.shape[1]),
