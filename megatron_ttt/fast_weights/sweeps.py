@@ -39,7 +39,7 @@ class PendingCarries(Protocol):
     """A scan under way."""
 
     def wait(self) -> Tensor:
-        """``[S, B, D, F]``: what enters each local span, in local order; the caller may write it."""
+        """``[S, B, D, F]``: what enters each local span, in local order; the caller may write."""
         ...
 
 
