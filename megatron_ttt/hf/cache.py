@@ -60,7 +60,14 @@ class FastWeightCache(DynamicCache):
         self._stopped = [old or new for old, new in zip(self._silent, fed, strict=True)]
 
     def runs(self, attention_mask: Tensor | None, *, batch: int, length: int) -> TokenRuns:
-        """Which of a call's tokens are real, ``attention_mask`` being ``[B, past + T]`` or None."""
+        """Which of a call's tokens are real, ``attention_mask`` being ``[B, past + T]`` or None.
+
+        Raises:
+            ValueError: another number of rows than before, or padding between a row's tokens.
+        """
+        for state in self.fast_weights.values():
+            if state.batch != batch:
+                raise ValueError(f"{batch} rows cannot continue a state of {state.batch}")
         if attention_mask is None:
             runs = whole_runs(batch, length)
         else:
