@@ -62,11 +62,25 @@ def test_beams_reorder_the_fast_weights() -> None:
             reorder(self, beam_idx)
 
     ids, mask = left_padded([CHUNK - 2, 2 * CHUNK + 1])
-    options = {"num_beams": 4, "max_new_tokens": NEW, "do_sample": False, "attention_mask": mask}
+    options = {"num_beams": 5, "max_new_tokens": 4 * CHUNK, "attention_mask": mask}
     cached = model.generate(ids, past_key_values=Watched(model.config), **options)
     anew = model.generate(ids, use_cache=False, **options)
     assert cached.tolist() == anew.tolist()
     assert any(rows != sorted(rows) or len(set(rows)) < len(rows) for rows in moved)
+
+
+def test_reordered_rows_take_their_fast_weights_along() -> None:
+    model = live_model()
+    ids, more = tokens(3, 2 * CHUNK + 3, seed=1), tokens(3, CHUNK, seed=2)
+    order = torch.tensor([2, 0, 0])
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.reorder_cache(order)
+        found = torch.cat(
+            [model(more[:, t : t + 1], past_key_values=cache).logits for t in range(CHUNK)], dim=1
+        )
+        wanted = model(torch.cat([ids[order], more], dim=1)).logits[:, 2 * CHUNK + 3 :]
+    assert relative(found, wanted) < 1e-9
 
 
 def test_sampling_of_several_sequences() -> None:
