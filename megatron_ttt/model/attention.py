@@ -24,13 +24,20 @@ from torch import Tensor
 from megatron_ttt.model.sequence_layout import SequenceLayout
 from megatron_ttt.parallel.collectives import gather_sequence
 
-QUERY_BLOCK = 512
+LARGEST_BLOCK, SMALLEST_BLOCK = 512, 64
 
 
-def blocks(start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Cut the token range ``[start, end)`` into blocks of at most ``QUERY_BLOCK``."""
-    for first in range(start, end, QUERY_BLOCK):
-        yield first, min(first + QUERY_BLOCK, end)
+def block_size(window: int | None) -> int:
+    """Queries worked off together: about a window, of which a block then wastes at most half."""
+    if window is None:
+        return LARGEST_BLOCK
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, window))
+
+
+def blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    """Cut the token range ``[start, end)`` into blocks of at most ``size``."""
+    for first in range(start, end, size):
+        yield first, min(first + size, end)
 
 
 def visible(
@@ -108,7 +115,7 @@ class TorchAttention(MegatronModule):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         outputs, offset = [], 0
         for start, end in layout.ranges:
-            for first, last in blocks(start, end):
+            for first, last in blocks(start, end, block_size(self.window)):
                 place = offset + first - start
                 queries = query[:, :, place : place + last - first]
                 outputs.append(self._block(queries, key, value, (first, last), layout.documents))

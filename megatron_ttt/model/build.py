@@ -8,7 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ttt.config.derived import padded_vocab_size, resolve_attention, ttt_layers
-from megatron_ttt.config.schema import ClipMode, CommPrecision, Config
+from megatron_ttt.config.schema import ClipMode, Config
 from megatron_ttt.fast_weights.scale import Clip, Normalize
 from megatron_ttt.fast_weights.scale import ClipMode as ClipKind
 from megatron_ttt.model.fast_weight_mlp import FastWeightSettings
@@ -26,7 +26,6 @@ def fast_weight_settings(config: Config) -> FastWeightSettings | None:
     clip = None
     if ttt.clip.mode is not ClipMode.off:
         clip = Clip(mode=ClipKind(ttt.clip.mode.value), bound=ttt.clip.bound)
-    bf16 = config.parallel.scan_precision is CommPrecision.bf16
     return FastWeightSettings(
         learning_rate=ttt.eta,
         normalize=Normalize(ttt.normalize.value),
@@ -34,8 +33,6 @@ def fast_weight_settings(config: Config) -> FastWeightSettings | None:
         conv=ttt.conv,
         proj=ttt.proj,
         clip=clip,
-        scan=config.parallel.scan,
-        scan_dtype=torch.bfloat16 if bf16 else None,
     )
 
 

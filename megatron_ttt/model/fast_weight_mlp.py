@@ -11,7 +11,7 @@ communication; the target must be whole on every rank, but is computed in parts:
    backward reduce-scatters the partial target gradients;
 3. so the projection's gradient is complete and the convolution's is partial (summed over tensor
    ranks once a step), and the target path's input gradient, partial too, joins the MLP's before
-   the one reduce-scatter of the gather's backward. ``linear_fc1`` therefore must not reduce its own.
+   the one reduce-scatter of the gather's backward. So ``linear_fc1`` must not reduce its own.
 
 Shape letters: L local tokens (all of the span, not split by sequence parallelism), B rows,
 H hidden, F ffn / tp.
@@ -36,7 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import Parameter
 
-from megatron_ttt.config.schema import ScanAlgorithm, TargetSource
+from megatron_ttt.config.schema import TargetSource
 from megatron_ttt.fast_weights.scale import Clip, Normalize
 from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
 from megatron_ttt.fast_weights.update import fast_weight_spans
@@ -55,8 +55,6 @@ class FastWeightSettings:
     conv: bool
     proj: bool
     clip: Clip | None
-    scan: ScanAlgorithm
-    scan_dtype: torch.dtype | None
 
 
 class TargetParameter(MegatronModule):
@@ -108,7 +106,6 @@ class FastWeightMLP(MLP):
             config, submodules, tp_group=groups.tp, ffn_hidden_size=config.ffn_hidden_size
         )
         self.settings = settings
-        self.cp_group = groups.cp
         self.layer = -1  # set by set_layer_number, counted from 0 over the whole model
         fc1 = self.linear_fc1
         fc1.sequence_parallel = fc1.allreduce_dgrad = False
@@ -116,7 +113,9 @@ class FastWeightMLP(MLP):
         hidden, tp = config.hidden_size, groups.tp.size()
         if settings.conv:
             self.ttt_conv = TargetParameter(config, (hidden, 1, KERNEL_SIZE), None, groups.tp)
-            self.ttt_conv.weight.sequence_parallel = config.sequence_parallel
+            # Megatron sums the gradients of parameters so marked over tensor ranks once a step.
+            weight: Any = self.ttt_conv.weight
+            weight.sequence_parallel = config.sequence_parallel
         if settings.proj:
             self.ttt_proj = TargetParameter(config, (hidden, hidden // tp), 1, groups.tp)
 
@@ -124,7 +123,7 @@ class FastWeightMLP(MLP):
         """Called by Megatron's layer with its number, which starts at 1."""
         self.layer = layer_number - 1
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, padding_mask: SequenceLayout | None = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
         """Apply and write the fast weight over one micro-batch; see the class."""
@@ -179,7 +178,8 @@ class FastWeightMLP(MLP):
         if self.settings.target is TargetSource.input_embeddings:
             assert layout.embeddings is not None
             source = self._whole(layout.embeddings)
-        conv = proj = None
+        conv: Tensor | None = None
+        proj: Tensor | None = None
         if self.settings.conv:
             conv = self.ttt_conv.weight
             if not self.config.sequence_parallel:  # else Megatron sums its gradient once a step
@@ -195,16 +195,9 @@ class FastWeightMLP(MLP):
         return all_gather_last_dim_from_tensor_parallel_region(targets, group=self.tp_group)
 
     def _exchange(self, layout: SequenceLayout) -> SpanExchange | None:
-        if layout.span_keeps is None:
+        if layout.exchange is None:
             return None
-        return SpanExchange(
-            all_keeps_SB=layout.span_keeps,
-            order=layout.order,
-            group=self.cp_group,
-            algorithm=self.settings.scan.value,
-            comm_dtype=self.settings.scan_dtype,
-            name=f"layer {self.layer}",
-        )
+        return layout.exchange.for_layer(f"layer {self.layer}", observer=layout.scans.append)
 
     def _sum_over_tp(self, sums: Tensor) -> Tensor:
         if self.tp_group.size() > 1:

@@ -31,7 +31,7 @@ class _JoinGradient(torch.autograd.Function):
         return embeddings.view_as(embeddings)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (leaf,) = ctx.boxed_leaf
         ctx.boxed_leaf = None
         return (grad if leaf.grad is None else grad + leaf.grad), None

@@ -39,6 +39,12 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
         yield name, parameter
 
 
+def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
+    """The dim along which tensor parallelism splits a parameter; ``None`` where it does not."""
+    sharded = getattr(parameter, "tensor_model_parallel", False)
+    return getattr(parameter, "partition_dim") if sharded else None  # noqa: B009
+
+
 def pretraining_draw(model: ModelConfig) -> Draw:
     """The start of training from scratch, and of the target generator in continued pretraining.
 
@@ -87,9 +93,7 @@ def initialize(
     for name, parameter in global_parameters(model):
         if not only(name):
             continue
-        axis = (
-            parameter.partition_dim if getattr(parameter, "tensor_model_parallel", False) else None
-        )
+        axis = sharded_dim(parameter)
         shape = list(parameter.shape)
         if axis is not None:
             shape[axis] *= tp_size

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_spans
+from megatron_ttt.parallel.pending import ScanRecord
+from megatron_ttt.parallel.scan import SpanExchange
+from megatron_ttt.parallel.scan_group import ScanGroup
 
 
 @dataclass
@@ -31,12 +34,13 @@ class SequenceLayout(PackedSeqParams):
         documents: ``[B, T]`` int32, which document each token of the whole row belongs to, for
             masking attention; ``None`` where attention may cross documents.
         plan: chunk plan of this rank's tokens; ``None`` without fast weights.
-        span_keeps: ``[S, B]`` keep of every span of the whole row in sequence order, known to
-            every rank from the row's layout and so never exchanged.
+        exchange: joins the states of the row's ranks; it knows the keep of every span of the
+            whole row, which is therefore never exchanged. ``None`` at cp = 1.
         embeddings: the input embeddings as an autograd leaf ``[L or L/tp, B, H]``, set by the
             model where targets come from them.
         state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
             shard of the state that enters each local chunk; filled while the layers run.
+        scans: one record per scan that was waited for.
     """
 
     length: int = 0
@@ -45,15 +49,25 @@ class SequenceLayout(PackedSeqParams):
     positions: Tensor | None = None
     documents: Tensor | None = None
     plan: ChunkPlan | None = None
-    span_keeps: Tensor | None = None
+    exchange: SpanExchange | None = None
     embeddings: Tensor | None = None
     state_squares: dict[int, Tensor] = field(default_factory=dict)
-    scan_exposed_s: list[float] = field(default_factory=list)
+    scans: list[ScanRecord] = field(default_factory=list)
 
 
 def take_ranges(rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """``[B, T]`` whole rows -> ``[B, L]``, the given token ranges one after another."""
     return torch.cat([rows[:, start:end] for start, end in ranges], dim=1)
+
+
+@dataclass(frozen=True)
+class ScanSettings:
+    """How states travel between the ranks of a row: see ``parallel/scan.py``."""
+
+    group: ScanGroup
+    order: SequenceOrder
+    algorithm: str
+    message_dtype: torch.dtype | None
 
 
 def sequence_layout(
@@ -65,9 +79,7 @@ def sequence_layout(
     mask_attention: bool,
     reset_positions: bool,
     reset_fast_weights: bool,
-    cp_rank: int,
-    cp_size: int,
-    order: SequenceOrder,
+    scan: ScanSettings,
     device: torch.device,
 ) -> SequenceLayout:
     """The layout of a micro-batch for one context-parallel rank, from its whole rows.
@@ -80,18 +92,19 @@ def sequence_layout(
         chunk_size: C; ``None`` where the model has no fast weights.
         decay: gamma per chunk.
         mask_attention, reset_positions, reset_fast_weights: what a document boundary does.
-        cp_rank, cp_size, order: this rank's place in the row.
+        scan: the ranks that share the row, and this one's place among them.
         device: where the layout's tensors go.
     """
     batch, length = document_starts.shape
     ranges: Sequence[tuple[int, int]] = [(0, length)]  # cp = 1: one run of any length
-    if cp_size > 1:
-        ranges = token_ranges(cp_rank, cp_size, order, length)
+    ranks = scan.group.ranks
+    if ranks > 1:
+        ranges = token_ranges(scan.group.rank, ranks, scan.order, length)
     positions = torch.arange(length)[None]
     if reset_positions:
         start_places = torch.where(document_starts, positions, torch.zeros_like(positions))
         positions = positions - start_places.cummax(dim=1).values
-    plan = span_keeps = None
+    plan = exchange = None
     if chunk_size is not None:
         whole = plan_chunks(
             document_starts if reset_fast_weights else None,
@@ -102,17 +115,25 @@ def sequence_layout(
             padding_BT=padding,
             device=device,
         )
-        plan = whole.select_tokens(ranges) if cp_size > 1 else whole
-        span_keeps = whole.span_keeps(total_spans(cp_size, order)) if cp_size > 1 else None
+        plan = whole
+        if ranks > 1:
+            plan = whole.select_tokens(ranges)
+            exchange = SpanExchange(
+                whole.span_keeps(total_spans(ranks, scan.order)),
+                order=scan.order,
+                group=scan.group,
+                algorithm=scan.algorithm,
+                comm_dtype=scan.message_dtype,
+            )
     return SequenceLayout(
         qkv_format="sbhd",
         max_seqlen_q=length,
         max_seqlen_kv=length,
         length=length,
         ranges=ranges,
-        order=order,
+        order=scan.order,
         positions=take_ranges(positions, ranges).to(device),
         documents=document_starts.cumsum(1).to(device, torch.int32) if mask_attention else None,
         plan=plan,
-        span_keeps=span_keeps,
+        exchange=exchange,
     )

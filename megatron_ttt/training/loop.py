@@ -24,6 +24,7 @@ from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transformer_config
 from megatron_ttt.data.batches import DataStreams, build_data
 from megatron_ttt.model.build import build_model
+from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.training import resilience
 from megatron_ttt.training.checkpoint import TrainingState
 from megatron_ttt.training.checkpoint_files import Progress, sync_file
@@ -39,6 +40,7 @@ from megatron_ttt.training.step import (
     Observations,
     check_finite,
     run_micro_batches,
+    scan_settings,
     update_ratios,
 )
 
@@ -55,6 +57,7 @@ class Trainer:
     model: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    scan: ScanSettings
 
     @property
     def stage(self) -> Any:
@@ -68,7 +71,7 @@ class Trainer:
 
     def train_step(self, data: Any) -> tuple[LossSum, float, Observations]:
         """One optimizer step over a global batch: (loss, gradient norm, observations)."""
-        step = ForwardStep(self.config, self.ranks, mode=self.config.ttt.mode)
+        step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=self.config.ttt.mode)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = run_micro_batches(
@@ -85,7 +88,7 @@ class Trainer:
     def validation_loss(self, data: Any, mode: TTTMode) -> float:
         """Loss over ``validation.batches`` global batches with fast weights on or off."""
         self.model.eval()
-        step = ForwardStep(self.config, self.ranks, mode=mode)
+        step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=mode)
         with torch.no_grad():
             loss = run_micro_batches(
                 step,
@@ -200,7 +203,14 @@ def build_trainer(config: Config, ranks: Ranks) -> Trainer:
     )
     optimizer = get_megatron_optimizer(optimizer_config(config), [wrapped])
     transformer.grad_scale_func = optimizer.scale_loss
-    return Trainer(config, ranks, wrapped, optimizer, lr_schedule(config, optimizer))
+    return Trainer(
+        config,
+        ranks,
+        wrapped,
+        optimizer,
+        lr_schedule(config, optimizer),
+        scan_settings(config, ranks),
+    )
 
 
 def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -311,7 +321,12 @@ def _validate(trainer: Trainer, data: DataStreams) -> Row:
 
 def _health(trainer: Trainer, observations: Observations) -> Row:
     ratios = update_ratios(observations, trainer.stage, trainer.config, trainer.ranks)
-    return {f"ttt/update_ratio/layer_{layer:02d}": ratio for layer, ratio in ratios.items()}
+    health: Row = {f"ttt/update_ratio/layer_{layer:02d}": ratio for layer, ratio in ratios.items()}
+    if ratios and trainer.config.parallel.cp > 1:
+        exposed = torch.tensor(observations.scan_exposed_s, device=trainer.ranks.device)
+        dist.all_reduce(exposed, op=dist.ReduceOp.MAX)
+        health["ttt/scan_exposed_s"] = float(exposed)
+    return health
 
 
 def _speed(trainer: Trainer, observations: Observations, seconds: float) -> Row:

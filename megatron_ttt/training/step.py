@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,18 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
-from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.config.schema import CommPrecision, Config, TTTMode
 from megatron_ttt.data.batches import Batch
-from megatron_ttt.model.sequence_layout import SequenceLayout, sequence_layout, take_ranges
+from megatron_ttt.model.sequence_layout import (
+    ScanSettings,
+    SequenceLayout,
+    sequence_layout,
+    take_ranges,
+)
+from megatron_ttt.parallel.cost import load_topology
 from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.parallel.pending import ScanRecord
+from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.flops import visible_pairs
 
@@ -32,21 +41,26 @@ class Observations:
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
         tokens: tokens read, padding included, counted on this data-parallel rank.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
-        exposed_s: seconds the layers waited for the scan.
+        scans: per micro-batch, a record of every scan that was waited for.
         sample_ids: numbers of the rows read, in reading order.
     """
 
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
     tokens: int = 0
     pairs: int = 0
-    exposed_s: float = 0.0
+    scans: list[list[ScanRecord]] = field(default_factory=list)
     sample_ids: list[int] = field(default_factory=list)
 
     def add(self, layout: SequenceLayout) -> None:
         """Take over what a micro-batch's layers wrote into its layout."""
         for layer, squares in layout.state_squares.items():
             self.state_squares.setdefault(layer, []).append(squares.flatten())
-        self.exposed_s += sum(layout.scan_exposed_s)
+        self.scans.append(layout.scans)  # the backward will add to it
+
+    @property
+    def scan_exposed_s(self) -> float:
+        """Seconds that this rank stood still for scans, forward and backward."""
+        return sum(record.exposed_s for records in self.scans for record in records)
 
 
 @dataclass
@@ -62,13 +76,29 @@ class LossSum:
         return self.total / max(self.tokens, 1)
 
 
+def scan_settings(config: Config, ranks: Ranks) -> ScanSettings:
+    """How this run's states travel; made once, it remembers what has been checked."""
+    parallel = config.parallel
+    topology = None
+    if parallel.scan_constants is not None:
+        topology = load_topology(Path(parallel.scan_constants))
+    bf16 = parallel.scan_precision is CommPrecision.bf16
+    return ScanSettings(
+        group=ScanGroup(ranks.groups.cp, timeout_s=parallel.timeout_s, topology=topology),
+        order=SequenceOrder(parallel.cp_order.value),
+        algorithm=parallel.scan.value,
+        message_dtype=torch.bfloat16 if bf16 else None,
+    )
+
+
 class ForwardStep:
     """Megatron's ``forward_step_func`` for one configuration."""
 
-    def __init__(self, config: Config, ranks: Ranks, *, mode: TTTMode) -> None:
+    def __init__(self, config: Config, ranks: Ranks, *, scan: ScanSettings, mode: TTTMode) -> None:
         """``mode`` may switch the fast weights of a model that has them off for this step."""
         self.config = config
         self.ranks = ranks
+        self.scan = scan
         fast = bool(ttt_layers(config)) and mode is TTTMode.in_place
         self.chunk_size = config.ttt.chunk_size if fast else None
         self.observations = Observations()
@@ -103,7 +133,7 @@ class ForwardStep:
 
     def layout(self, batch: Batch) -> SequenceLayout:
         """This rank's layout of a micro-batch."""
-        groups, data = self.ranks.groups, self.config.data
+        data = self.config.data
         return sequence_layout(
             document_starts=batch.document_starts_BT,
             padding=batch.padding_BT,
@@ -112,9 +142,7 @@ class ForwardStep:
             mask_attention=data.reset_attention,
             reset_positions=data.reset_positions,
             reset_fast_weights=data.reset_fast_weights,
-            cp_rank=groups.cp.rank(),
-            cp_size=groups.cp.size(),
-            order=SequenceOrder(self.config.parallel.cp_order.value),
+            scan=self.scan,
             device=self.ranks.device,
         )
 

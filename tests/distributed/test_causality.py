@@ -36,7 +36,7 @@ def logits_of_changes(
         batch = Batch(**{name: value[:1].clone() for name, value in vars(batch).items()})
         if packed:
             batch.document_starts_BT[0, list(STARTS)] = True
-        step = ForwardStep(config, here, mode=config.ttt.mode)
+        step = ForwardStep(config, here, scan=trainer.scan, mode=config.ttt.mode)
         found = []
         for place in (None, *places):
             tokens = batch.tokens_BT.clone()
@@ -79,7 +79,7 @@ def whole_logits(reports: list[Any], number: int) -> Tensor:
             {
                 "target": TargetSource.input_embeddings,
                 "normalize": Normalize.key_energy,
-                "eta": 0.3,
+                "eta": 0.05,
             },
         ),
     ],

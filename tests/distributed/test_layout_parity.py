@@ -9,7 +9,6 @@ are the typical mistakes are planted, and must be found.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from typing import Any
 from unittest import mock
 
@@ -49,7 +48,7 @@ DENSE = {"packed": False}
 EMBEDDINGS = {
     "target": TargetSource.input_embeddings,
     "normalize": Normalize.key_energy,
-    "eta": 0.3,
+    "eta": 0.05,
 }
 
 # What a layout is; the rest of a case says which model is trained.
@@ -102,16 +101,18 @@ class Baselines:
     """One-rank runs, each made once."""
 
     def __init__(self, pool: RankPool) -> None:
-        self.run = cache(lambda changes: self._run(pool, dict(changes)))
+        self._pool = pool
+        self._known: dict[str, tuple[RunReport, dict[str, Tensor]]] = {}
 
     def of(self, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:
         """The one-rank run of a variant: layout and recomputation do not change what it is."""
         variant = {key: value for key, value in changes.items() if key not in LAYOUT_KEYS}
-        return self.run(tuple(sorted(variant.items(), key=lambda item: item[0])))
-
-    def _run(self, pool: RankPool, changes: dict[str, Any]) -> tuple[RunReport, dict[str, Tensor]]:
-        reports = pool.run(run_training, configure(changes), STEPS, ranks=1, timeout=120)
-        return reports[0], whole_gradients(reports)
+        key = repr(sorted(variant.items()))
+        if key not in self._known:
+            args = (run_training, configure(variant), STEPS)
+            reports = self._pool.run(*args, ranks=1, timeout=120)
+            self._known[key] = reports[0], whole_gradients(reports)
+        return self._known[key]
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,8 @@ def compare(
 ) -> list[str]:
     """Run a layout; what differs from one rank by more than the bounds, in words."""
     one, one_gradients = baselines.of(changes)
-    ratios = [ratio for step in one.ratios for ratio in step.values()]
-    assert min(ratios) > 0.02 and max(ratios) < 0.6, f"fast weights not alive: {ratios}"
+    alive = one.ratios[0].values()
+    assert min(alive) > 0.05 and max(alive) < 0.3, f"update ratios at the start: {alive}"
     args = (configure(changes), steps, None, fault)
     reports = pool.run(run_training, *args, ranks=ranks, timeout=150)
     gradients = whole_gradients(reports)
