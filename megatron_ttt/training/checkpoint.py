@@ -39,6 +39,7 @@ METADATA = {
     "non_homogeneous_layers": True,
     "distrib_optim_sharding_type": "fully_reshardable",
 }
+_WORDS = 300  # of a library's complaint, which may list every tensor of the model
 
 
 class UnfitCheckpoint(Exception):
@@ -176,10 +177,10 @@ def _read(wanted: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
         with tensor_only():
             return dist_checkpointing.load(wanted, str(folder), strategy)
     except CheckpointException as error:  # wraps one exception per rank
-        causes = {reason(cause[0]) for cause in error.failures.values()}
-        raise UnfitCheckpoint(f"{folder}: {'; '.join(sorted(causes))}") from error
+        causes = sorted({reason(cause[0]) for cause in error.failures.values()})
+        raise UnfitCheckpoint(f"{folder}: {causes[0][:_WORDS]}") from error
     except (CheckpointingException, KeyError, pickle.UnpicklingError) as error:
-        raise UnfitCheckpoint(f"{folder}: {reason(error)}") from error
+        raise UnfitCheckpoint(f"{folder}: {reason(error)[:_WORDS]}") from error
 
 
 def _metadata(ranks: Ranks) -> dict[str, Any]:

@@ -16,6 +16,10 @@ SILENCED_WARNINGS = (
     (r"`torch.distributed.\w+` is deprecated", "called by Megatron-core, renamed in torch"),
     (r"The \.grad attribute of a Tensor that is not a leaf", "Megatron-core looks for it"),
     ("`is_compiling` is deprecated", "called by Megatron-core, renamed in torch"),
+    ("`load_state_dict` is deprecated", "called by Megatron-core, renamed in torch"),
+    ("torch.distributed is disabled", "each rank reads the common state of a checkpoint alone"),
+    ("The argument order of load has been changed", "called by Megatron-core"),
+    ("MimoModelConfig is experimental", "imported by Megatron-core, not used here"),
 )
 SILENCED_LOGS = (
     # logger, start of the message, why
@@ -28,6 +32,11 @@ SILENCED_LOGS = (
         "megatron.core.models.gpt.gpt_model",
         "GPTModel IS DEPRECATED",
         "the newer line prefers HybridModel, the older one has none; both support GPTModel",
+    ),
+    (
+        "megatron.core.dist_checkpointing.strategies.torch",
+        "MCore's async save is deprecated",
+        "the newer line prefers another package; the older one knows only its own",
     ),
 )
 
