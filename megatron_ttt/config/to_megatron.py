@@ -14,7 +14,6 @@ from megatron_ttt.config.schema import (
     Config,
     Precision,
     Recompute,
-    RopeScaling,
 )
 
 
@@ -36,6 +35,8 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
     Megatron initialises nothing (``perform_initialization=False``): its draws depend on the
     layout, ours do not (``model/initialize.py``). Its loss is summed, not averaged, per
     micro-batch (``calculate_per_token_loss=True``) and divided once by the tokens of the step.
+    Rotary angles and YaRN's attention factor are the model's own (``model/rope.py``): Megatron is
+    told nothing of YaRN, or its attention would apply the factor a second time.
 
     Args:
         config: a valid configuration.
@@ -49,7 +50,7 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         cuda=device_is_cuda,
         transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
     ).value
-    transformer = TransformerConfig(
+    return TransformerConfig(
         num_layers=model.layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -90,9 +91,6 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         gradient_accumulation_fusion=device_is_cuda and _has_apex_accumulation(),
         **_recompute_arguments(config),
     )
-    if model.rope.scaling is RopeScaling.yarn:
-        _set_yarn(transformer, config)
-    return transformer
 
 
 def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> OptimizerConfig:
@@ -146,25 +144,6 @@ def _recompute_arguments(config: Config) -> dict[str, object]:
         "recompute_granularity": "selective",
         "recompute_modules": list(train.recompute_modules),
     }
-
-
-def _set_yarn(transformer: TransformerConfig, config: Config) -> None:
-    """Megatron looks YaRN's parameters up by these names but declares no fields for them.
-
-    ``mscale = 1, mscale_all_dim = 0`` multiplies cos and sin by ``0.1 ln(factor) + 1``, the
-    attention factor of ``transformers`` (YaRN, arXiv 2309.00071, section 3.3).
-    """
-    rope = config.model.rope
-    for name, value in {
-        "yarn_rotary_scaling_factor": rope.factor,
-        "yarn_original_max_position_embeddings": rope.original_max_positions,
-        "yarn_beta_fast": rope.beta_fast,
-        "yarn_beta_slow": rope.beta_slow,
-        "yarn_mscale": 1.0,
-        "yarn_mscale_all_dim": 0.0,
-        "yarn_correction_range_round_to_int": True,
-    }.items():
-        setattr(transformer, name, value)
 
 
 def _has_apex_accumulation() -> bool:

@@ -6,6 +6,7 @@ blocks, so that neither side ever holds more than one block, and a rank that loa
 little more than that.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.conversion.hf_folder import damaged, read_json
+from megatron_ttt.conversion.tensor_only import tensor_only
 from megatron_ttt.conversion.work_folder import WorkFolder
 
 BLOCK_BYTES = 64 << 20
@@ -45,20 +47,6 @@ _EXTRA_STATES = (
     "mlp.linear_fc1",
     "mlp.linear_fc2",
 )
-# What a distributed checkpoint's metadata is made of; anything else in the pickle is refused.
-_ALLOWED = {
-    "torch": {"Size", "device", "strided"},
-    "torch._utils": {"_rebuild_dtype"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": None,
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.planner": None,
-    "builtins": {"set", "frozenset"},
-    "collections": {"OrderedDict"},
-    "_codecs": {"encode"},
-    "pathlib": {"Path", "PosixPath"},
-    "pathlib._local": {"Path", "PosixPath"},
-}
 
 
 def row_blocks(shape: Sequence[int], dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int]]:
@@ -141,6 +129,8 @@ class CheckpointWriter:
             for name, entry in sorted(self.folder.done.items())
         }
         manifest = {"progress": progress, "facts": facts, "files": files}
+        text = json.dumps(manifest, sort_keys=True)
+        manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         self.folder.write_text(MANIFEST, json.dumps(manifest, indent=1))
         self.folder.publish()
 
@@ -255,10 +245,10 @@ class MegatronFolder:
     def _read_metadata(self) -> dict[str, SavedTensor]:
         path = self.path / METADATA
         try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            stored = metadata.state_dict_metadata
-            places = metadata.storage_data
+            with tensor_only():
+                metadata = FileSystemReader(self.path).read_metadata()
+            stored, places = metadata.state_dict_metadata, metadata.storage_data
+            assert places is not None, "no storage data"
         except FileNotFoundError:
             message = f"{METADATA} is missing"
             raise ConfigError([Fault("checkpoint", self.path, message)]) from None
@@ -287,17 +277,6 @@ class MegatronFolder:
             message = f"files are missing: {', '.join(missing)}"
             raise ConfigError([Fault("checkpoint", self.path, message)])
         return tensors
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes of a checkpoint's metadata and calls nothing else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = _ALLOWED.get(module, frozenset())
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if dtype or allowed is None or name in allowed:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"its metadata asks for {module}.{name}")
 
 
 class FileSlice(io.RawIOBase):
