@@ -14,6 +14,8 @@ from megatron_ttt.config.schema import (
     ModelConfig,
     ParallelConfig,
     Precision,
+    RopeConfig,
+    RopeScaling,
     TargetSource,
     Toggle,
     TTTMode,
@@ -145,3 +147,13 @@ def resolve_attention(config: Config, *, cuda: bool, transformer_engine: bool) -
     if limit is not None:
         return Resolution(AttentionBackend.torch, f"transformer_engine: {limit}")
     return Resolution(AttentionBackend.transformer_engine, "a GPU and transformer_engine are there")
+
+
+def attention_factor(rope: RopeConfig) -> float:
+    """What YaRN multiplies queries and keys with: ``0.1 ln(factor) + 1``; 1 without YaRN.
+
+    YaRN (arXiv 2309.00071), section 3.3.
+    """
+    if rope.scaling is RopeScaling.yarn and rope.factor > 1:
+        return 0.1 * math.log(rope.factor) + 1.0
+    return 1.0

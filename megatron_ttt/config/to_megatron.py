@@ -1,6 +1,7 @@
 """The one place where our configuration becomes Megatron-core's, for both supported lines."""
 
 import importlib.util
+import math
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,9 @@ def compute_dtype(config: Config, *, device_is_cuda: bool | None = None) -> torc
 def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerConfig:
     """Megatron's view of the model and of how it is spread over ranks.
 
-    Megatron initialises nothing (``perform_initialization=False``): its draws depend on the
-    layout, ours do not (``model/initialize.py``). Its loss is summed, not averaged, per
-    micro-batch (``calculate_per_token_loss=True``) and divided once by the tokens of the step.
+    Megatron initialises nothing: values come from ``model/initialize.py``. Its loss is summed, not
+    averaged, per micro-batch (``calculate_per_token_loss=True``) and divided once by the tokens of
+    the step.
     Rotary angles and YaRN's attention factor are the model's own (``model/rope.py``): Megatron is
     told nothing of YaRN, or its attention would apply the factor a second time.
 
@@ -66,6 +67,8 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         activation_func=F.silu,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # YaRN scales queries and keys alike, which is one factor on their products
+        softmax_scale=derived.attention_factor(model.rope) ** 2 / math.sqrt(model.head_dim),
         # Megatron counts the tokens to the left of the query, we count the query as well
         window_size=(window - 1, 0) if window is not None else None,
         tensor_model_parallel_size=parallel.tp,
@@ -78,8 +81,11 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         calculate_per_token_loss=True,
-        init_method_std=model.initializer_range,
-        perform_initialization=False,
+        # Megatron marks tensor-parallel parameters only where it initialises them, so it is given
+        # a draw that does nothing: its own depend on the layout, ours do not.
+        perform_initialization=True,
+        init_method=_leave_alone,
+        output_layer_init_method=_leave_alone,
         use_cpu_initialization=not device_is_cuda,
         deterministic_mode=config.run.deterministic,
         transformer_impl=(
@@ -91,6 +97,10 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         gradient_accumulation_fusion=device_is_cuda and _has_apex_accumulation(),
         **_recompute_arguments(config),
     )
+
+
+def _leave_alone(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> OptimizerConfig:

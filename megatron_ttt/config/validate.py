@@ -332,6 +332,15 @@ def _world_faults(config: Config, world_size: int) -> list[Fault]:
 
 
 def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> Iterator[Fault]:
+    train = config.train
+    recomputed = train.recompute_modules if train.recompute is Recompute.selective else []
+    if "layernorm" in recomputed and not transformer_engine:
+        yield Fault(
+            "train.recompute_modules",
+            recomputed,
+            "layernorm needs the package transformer_engine, which Megatron-core asks for its"
+            " state there; use core_attn, mlp",
+        )
     """What depends on the machine."""
     if config.train.precision is Precision.bf16 and not cuda:
         yield Fault("train.precision", config.train.precision, "needs a GPU; use auto or fp32")

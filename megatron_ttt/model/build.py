@@ -1,7 +1,5 @@
 """From a configuration to this rank's pipeline stage, ready to train."""
 
-import math
-
 import torch
 from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,7 +13,6 @@ from megatron_ttt.model.fast_weight_mlp import FastWeightSettings
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.model.initialize import initialize, pretraining_draw
 from megatron_ttt.model.layer_specs import decoder_block_spec
-from megatron_ttt.model.rope import attention_factor
 
 
 def fast_weight_settings(config: Config) -> FastWeightSettings | None:
@@ -36,10 +33,6 @@ def fast_weight_settings(config: Config) -> FastWeightSettings | None:
     )
 
 
-def _leave_alone(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def build_model(
     config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection
 ) -> InPlaceTTTModel:
@@ -50,13 +43,6 @@ def build_model(
         transformer: Megatron's view of it (``config/to_megatron.py``).
         groups: process groups; nothing is read from ``parallel_state``.
     """
-    # Megatron marks tensor-parallel parameters only where it initialises them, so it is given a
-    # draw that does nothing; the values come from ``initialize``.
-    transformer.perform_initialization = True
-    transformer.init_method = transformer.output_layer_init_method = _leave_alone
-    factor = attention_factor(config.model.rope)
-    if factor != 1.0:
-        transformer.softmax_scale = factor**2 / math.sqrt(config.model.head_dim)
     settings = fast_weight_settings(config)
     backend = resolve_attention(config, cuda=torch.cuda.is_available(), transformer_engine=HAVE_TE)
     spec = decoder_block_spec(

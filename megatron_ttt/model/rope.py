@@ -50,10 +50,3 @@ def _yarn(plain: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)
     keep = 1 - ramp.clamp(0, 1)
     return plain / rope.factor * (1 - keep) + plain * keep
-
-
-def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN multiplies queries and keys with: ``0.1 ln(factor) + 1``; 1 without YaRN."""
-    if rope.scaling is RopeScaling.yarn and rope.factor > 1:
-        return 0.1 * math.log(rope.factor) + 1.0
-    return 1.0

@@ -203,11 +203,10 @@ def plot_loss(rows: list[Row], path: Path, *, title: str) -> None:
 
     steps = [row["step"] for row in rows]
     losses = [row["loss"] for row in rows]
-    smooth, average = [], losses[0]
-    for number, loss in enumerate(losses):
-        weight = max(0.05, 1 / (number + 1))
-        average += weight * (loss - average)
-        smooth.append(average)
+    smooth, total, weight = [], 0.0, 0.0
+    for loss in losses:  # the recent past, each step back counting a tenth less
+        total, weight = 0.9 * total + loss, 0.9 * weight + 1
+        smooth.append(total / weight)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes.plot(steps, losses, color="#9ecae1", linewidth=0.8, label="training, each step")
     axes.plot(steps, smooth, color="#08519c", linewidth=1.8, label="training, smoothed")

@@ -1,5 +1,7 @@
 """What Megatron-core is told, field by field."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,10 @@ def test_every_model(name: str, cuda: bool) -> None:
     assert not found.add_bias_linear and not found.add_qkv_bias
     assert found.hidden_dropout == found.attention_dropout == 0.0
     assert found.calculate_per_token_loss, "or the loss depends on the layout"
-    assert not found.perform_initialization, "or the start depends on the layout"
+    kept = torch.randn(3)
+    for method in (found.init_method, found.output_layer_init_method):
+        assert torch.equal(method(kept.clone()), kept), "or the start depends on the layout"
+    assert found.softmax_scale == pytest.approx(model.head_dim**-0.5)
     assert found.params_dtype is (torch.bfloat16 if cuda else torch.float32)
     assert found.bf16 is cuda and not found.fp16
     assert found.use_cpu_initialization is not cuda
@@ -86,6 +91,7 @@ def test_megatron_is_told_nothing_of_yarn() -> None:
     config = configured("+experiment=qwen3_4b_128k_yarn")
     found = transformer_config(config, device_is_cuda=False)
     assert _yarn_get_concentration_factor_from_config(found) == 1.0
+    assert found.softmax_scale == pytest.approx((0.1 * math.log(4) + 1) ** 2 / 128**0.5)
 
 
 def test_precision_asked_for_wins() -> None:

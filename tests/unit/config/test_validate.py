@@ -152,6 +152,12 @@ def faults(
             1,
             "train.recompute_modules=[moe]: must name some of core_attn, layernorm, mlp",
         ),
+        (
+            [*BIG, "train.recompute=selective", "train.recompute_modules=[layernorm]"],
+            1,
+            "train.recompute_modules=[layernorm]: layernorm needs the package transformer_engine,"
+            " which Megatron-core asks for its state there; use core_attn, mlp",
+        ),
     ],
 )  # fmt: skip
 def test_each_fault(words: list[str], world_size: int, expected: str) -> None:

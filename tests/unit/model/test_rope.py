@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from megatron_ttt.config.derived import attention_factor
 from megatron_ttt.config.schema import RopeConfig, RopeScaling
-from megatron_ttt.model.rope import attention_factor, inverse_frequencies
+from megatron_ttt.model.rope import inverse_frequencies
 
 LLAMA_31: dict[str, Any] = {
     "factor": 8.0,

@@ -1,0 +1,81 @@
+"""What is built is what was announced, and it starts the same everywhere."""
+
+import pytest
+import torch
+
+from megatron_ttt.config.load import load_config
+from megatron_ttt.config.schema import Config
+from megatron_ttt.config.summary import parameter_counts
+from megatron_ttt.model.build import build_model
+from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
+from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.training.distributed import model_parallel
+from megatron_ttt.training.loop import build_trainer
+from megatron_ttt.training.step import ForwardStep
+from tests.distributed.training_runs import global_batch, tiny_config
+from tests.pool import RankPool
+
+SMALL = [
+    "model.hidden_size=64",
+    "model.ffn_hidden_size=96",
+    "model.layers=5",
+    "train.seq_length=64",
+]
+
+
+def built_counts(rank: int, ranks: int, config: Config) -> tuple[int, int, int]:
+    """(total, fast, added) elements of the really built model, rows that pad it left out."""
+    from megatron_ttt.config.to_megatron import transformer_config
+
+    with megatron_on_cpu(), model_parallel(config) as here:
+        model = build_model(config, transformer_config(config, device_is_cuda=False), here.groups)
+        total = sum(parameter.numel() for parameter in model.parameters())
+        fast = [module for module in model.modules() if isinstance(module, FastWeightMLP)]
+        added = sum(
+            parameter.numel() for name, parameter in model.named_parameters() if ".ttt_" in name
+        )
+        return total, sum(module.linear_fc2.weight.numel() for module in fast), added
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["ttt=off"],
+        ["ttt.conv=false", "ttt.layers=[4]"],
+        ["ttt.proj=false", "model.tied_embeddings=true", "model.qk_norm=false"],
+        ["model.attention_bias=true", "model.kv_groups=4"],
+    ],
+    ids=lambda words: " ".join(words) or "tiny",
+)
+def test_parameter_counts_are_those_of_the_built_model(pool: RankPool, words: list[str]) -> None:
+    config = load_config(["+model=tiny", *SMALL, "ttt.layers=[1,3]", *words])
+    counts = parameter_counts(config)
+    assert pool.run(built_counts, config, ranks=1) == [(counts.total, counts.fast, counts.added)]
+
+
+def logits_at_start(rank: int, ranks: int, config: Config, fast: bool) -> torch.Tensor:
+    """Logits of freshly initialised weights, fast weights on or off."""
+    from megatron_ttt.config.schema import TTTMode
+
+    mode = TTTMode.in_place if fast else TTTMode.off
+    with megatron_on_cpu(), model_parallel(config) as here:
+        trainer = build_trainer(config, here)
+        step = ForwardStep(config, here, scan=trainer.scan, mode=mode)
+        batch = global_batch(config, 0, packed=True)
+        layout = step.layout(batch)
+        with torch.no_grad():
+            return trainer.stage(
+                input_ids=batch.tokens_BT,
+                position_ids=layout.positions,
+                attention_mask=None,
+                labels=None,
+                packed_seq_params=layout,
+            )
+
+
+def test_a_fresh_model_computes_what_the_plain_one_does(pool: RankPool) -> None:
+    config = tiny_config()
+    (on,) = pool.run(logits_at_start, config, True, ranks=1)
+    (off,) = pool.run(logits_at_start, config, False, ranks=1)
+    torch.testing.assert_close(on, off, rtol=0, atol=1e-6)
