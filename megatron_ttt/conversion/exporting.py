@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -155,6 +155,7 @@ def export_checkpoint(
     report: Report,
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
+    add_files: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the folder; a call that was killed is continued, shard by shard, by the next one.
 
@@ -167,6 +168,7 @@ def export_checkpoint(
         report: called with (tensor, its bytes) after each.
         shard_bytes: largest file of weights.
         block_bytes: rows converted at a time.
+        add_files: called with the finished folder before it becomes visible.
 
     Raises:
         ConfigError: the source is damaged, or the destination cannot be written.
@@ -198,6 +200,8 @@ def export_checkpoint(
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
         for path in companions(companions_from) if companions_from is not None else []:
             folder.copy(path, path.name)
+        if add_files is not None:
+            add_files(folder.path)
         folder.publish()
 
 
@@ -239,7 +243,7 @@ def _write_shard(
     stream.write(len(text).to_bytes(8, "little") + text)
     for piece in pieces:
         for rows in view.blocks(piece, block_bytes):
-            stream.write(memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+            stream.write(rows.reshape(-1).view(torch.uint8).numpy().data)
         report(piece.name, piece.bytes)
 
 

@@ -13,6 +13,7 @@ from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.work_folder import WorkFolder, writing
 
 ORIGIN = "hf"  # folder inside the checkpoint: the source's config.json, tokenizer, generation files
+IMPORTED_FROM = "imported_from"  # a fact that only imported checkpoints have
 # How training lays weights out: layers under their own numbers, since fast and plain ones differ.
 CONTENT = {"non_homogeneous_layers": True, "distrib_optim_sharding_type": "fully_reshardable"}
 Report = Callable[[str, int], None]
@@ -42,7 +43,7 @@ def import_checkpoint(
     """
     facts = {
         "config": {"model": plain(view.model), "ttt": plain(ttt or TTTConfig(mode=TTTMode.off))},
-        "imported_from": str(view.folder.path.resolve()),
+        IMPORTED_FROM: str(view.folder.path.resolve()),
         "target_seed": view.seed,
     }
     job = {"facts": facts, "block_bytes": block_bytes, "files": _identity(view)}

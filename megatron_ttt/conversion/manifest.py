@@ -8,7 +8,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import ModelConfig, TTTConfig
-from megatron_ttt.conversion.importing import ORIGIN
+from megatron_ttt.conversion.hf_config import check_agreement
+from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.megatron_folder import MANIFEST, MegatronFolder
 
 HF_SCHEME = "hf:"  # of checkpoint.load
@@ -25,7 +26,23 @@ def described_model(folder: MegatronFolder) -> tuple[ModelConfig, TTTConfig]:
     if "model" not in config or "ttt" not in config:
         message = f"{MANIFEST} does not describe the model"
         raise ConfigError([Fault("checkpoint", folder.path, message)])
-    return _typed(ModelConfig, config["model"], folder), _typed(TTTConfig, config["ttt"], folder)
+    path = folder.path
+    return _typed(ModelConfig, config["model"], path), _typed(TTTConfig, config["ttt"], path)
+
+
+def check_imported(facts: dict[str, Any], model: ModelConfig, path: Path) -> None:
+    """A run that starts from an imported checkpoint must describe the same model.
+
+    Args:
+        facts: of the checkpoint's manifest; those of a training run are left to the loader.
+        model: the run's.
+        path: of the checkpoint.
+
+    Raises:
+        ConfigError: one fault for each differing key.
+    """
+    if IMPORTED_FROM in facts:
+        check_agreement(model, _typed(ModelConfig, facts["config"]["model"], path), str(path))
 
 
 def origin(folder: MegatronFolder) -> Path | None:
@@ -50,10 +67,10 @@ def origin(folder: MegatronFolder) -> Path | None:
     return None
 
 
-def _typed(kind: type, values: dict[str, Any], folder: MegatronFolder) -> Any:
+def _typed(kind: type, values: dict[str, Any], path: Path) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except OmegaConfBaseException as error:
         text = str(error).strip().splitlines()[0]
         message = f"{MANIFEST} describes no model of this version: {text}"
-        raise ConfigError([Fault("checkpoint", folder.path, message)]) from error
+        raise ConfigError([Fault("checkpoint", path, message)]) from error

@@ -69,13 +69,13 @@ def build_mapping(model: ModelConfig, target: TargetGenerator) -> Mapping:
     """The mapping of a model with fast weights in ``target.layers``."""
     table, sizes = FAMILIES[model.family], sizes_of(model)
     layer_rules: list[Rule] = list(names.LAYER)
-    zeros = {}
+    zeros: dict[str, tuple[int, ...]] = {}
     if table.query_key_norms:
         layer_rules += names.QUERY_KEY_NORMS
     if model.attention_bias:
         layer_rules += names.ATTENTION_BIAS
     parts = [(names.CONV, target.conv), (names.PROJ, target.proj)]
-    fast_rules = [rule for rule, present in parts if present]
+    fast_rules: list[Rule] = [rule for rule, present in parts if present]
     tensors = [_expand(names.EMBEDDING, sizes)]
     for layer in range(model.layers):
         rules: Sequence[Rule] = layer_rules + (fast_rules if layer in target.layers else [])

@@ -128,7 +128,7 @@ class CheckpointWriter:
             name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
             for name, entry in sorted(self.folder.done.items())
         }
-        manifest = {"progress": progress, "facts": facts, "files": files}
+        manifest: dict[str, Any] = {"progress": progress, "facts": facts, "files": files}
         text = json.dumps(manifest, sort_keys=True)
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         self.folder.write_text(MANIFEST, json.dumps(manifest, indent=1))

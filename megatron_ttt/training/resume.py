@@ -5,12 +5,14 @@ from pathlib import Path
 
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config
+from megatron_ttt.conversion.loading import load_hf_weights
+from megatron_ttt.conversion.manifest import HF_SCHEME, check_imported
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training import checkpoint_files as files
 from megatron_ttt.training.checkpoint import Found, TrainingState
 from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.distributed import Ranks
-from megatron_ttt.training.resilience import on_first_rank
+from megatron_ttt.training.resilience import agree, on_first_rank
 
 BEGINNING = Progress(step=0, consumed_samples=0, consumed_tokens=0, metrics_bytes=0)
 
@@ -32,7 +34,12 @@ def start(
         report(f"resumed from {found.folder} at step {found.progress.step}")
         return found.progress
     if config.checkpoint.load is not None:
-        _load_weights(config.checkpoint.load, state, ranks, report)
+        place = config.checkpoint.load
+        if place.startswith(HF_SCHEME):
+            _load_safetensors(Path(place.removeprefix(HF_SCHEME)), config, state, ranks)
+            report(f"weights from {place}")
+        else:
+            _load_weights(place, config, state, ranks, report)
     return BEGINNING
 
 
@@ -93,8 +100,27 @@ def _named(folder: Path, root: Path, ranks: Ranks, report: Callable[[str], None]
     return found
 
 
+def _load_safetensors(folder: Path, config: Config, state: TrainingState, ranks: Ranks) -> None:
+    """A Hugging Face model's weights; every rank reads its own slices."""
+    tp, damage = ranks.groups.tp, None
+    try:
+        load_hf_weights(folder, state.model, config, tp_rank=tp.rank(), tp_size=tp.size())
+    except ConfigError as error:
+        damage = error
+    complaint = agree(ranks, damage)
+    if damage is not None:
+        raise damage
+    if complaint is not None:
+        raise _fault("checkpoint.load", f"{HF_SCHEME}{folder}", complaint)
+    state.optimizer.reload_model_params()
+
+
 def _load_weights(
-    place: str, state: TrainingState, ranks: Ranks, report: Callable[[str], None]
+    place: str,
+    config: Config,
+    state: TrainingState,
+    ranks: Ranks,
+    report: Callable[[str], None],
 ) -> None:
     """Weights alone, from a checkpoint with a manifest or from any Megatron checkpoint."""
     folder = Path(place)
@@ -107,7 +133,7 @@ def _load_weights(
         raise _fault("checkpoint.load", place, "is no folder with a Megatron checkpoint")
     try:
         if has_manifest:
-            checkpoint.verified(folder, ranks)
+            check_imported(checkpoint.verified(folder, ranks).facts, config.model, folder)
         checkpoint.load_weights(folder, state, ranks=ranks)
     except (checkpoint.DamagedCheckpoint, checkpoint.UnfitCheckpoint) as error:
         raise _fault("checkpoint.load", place, error) from error
