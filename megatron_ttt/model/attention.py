@@ -91,6 +91,7 @@ class TorchAttention(MegatronModule):
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         if dropout:
             raise ValueError(f"attention_dropout={dropout}: the torch backend has no dropout")
+        self.layer = layer_number - 1
         self.cp_group = pg_collection.cp
         self.window = config.window_size[0] + 1 if config.window_size is not None else None
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -110,6 +111,10 @@ class TorchAttention(MegatronModule):
         """Attend within the row; see the class."""
         layout = packed_seq_params
         assert layout is not None, "the torch backend needs the micro-batch's layout"
+        if layout.session is not None:
+            return layout.session.attend(
+                self.layer, query, key, value, window=self.window, scale=self.scale
+            )
         key = gather_sequence(key, group=self.cp_group, order=layout.order)
         value = gather_sequence(value, group=self.cp_group, order=layout.order)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))

@@ -37,10 +37,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_ttt.config.schema import TargetSource
+from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.scale import Clip, Normalize
 from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
 from megatron_ttt.fast_weights.update import fast_weight_spans
-from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.sequence_layout import ReadingSession, SequenceLayout
 from megatron_ttt.parallel.collectives import replicate
 from megatron_ttt.parallel.scan import SpanExchange
 
@@ -131,7 +132,9 @@ class FastWeightMLP(MLP):
         assert layout is not None, "no layout reached the layer"
         inputs = self._whole(hidden_states)
         keys = self._keys(inputs)
-        if layout.plan is None:  # the same checkpoint with its fast weights switched off
+        if layout.session is not None and layout.session.writes_fast_weights:
+            outputs = self._continue(inputs, keys, layout, layout.session)
+        elif layout.plan is None:  # the same checkpoint with its fast weights switched off
             outputs = torch.nn.functional.linear(keys, self.linear_fc2.weight)
         else:
             outputs = self._read_and_write(inputs, keys, layout)
@@ -141,8 +144,8 @@ class FastWeightMLP(MLP):
 
     def _read_and_write(self, inputs: Tensor, keys: Tensor, layout: SequenceLayout) -> Tensor:
         """The down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
-        targets = self._targets(inputs, layout)
         assert layout.plan is not None
+        targets = self.make_targets(self._source(inputs, layout).transpose(0, 1), layout.plan)
         output = fast_weight_spans(
             keys.transpose(0, 1),
             targets,
@@ -153,11 +156,25 @@ class FastWeightMLP(MLP):
             exchange=self._exchange(layout),
             clip=self.settings.clip,
             normalize=self.settings.normalize,
-            reduce_sums=self._sum_over_tp,
+            reduce_sums=self.sum_over_tensor_ranks,
         )
         layout.state_squares[self.layer] = output.state_squares_BN
         # Megatron's reduction works in place on contiguous memory and silently loses a view's.
         return output.outputs_BTD.transpose(0, 1).contiguous()
+
+    def _continue(
+        self, inputs: Tensor, keys: Tensor, layout: SequenceLayout, session: ReadingSession
+    ) -> Tensor:
+        """Inference: the session holds the rows' fast weights. ``[L, B, H]``, partial over tp."""
+        outputs = session.read_fast_weight(
+            self.layer,
+            keys.transpose(0, 1),
+            self._source(inputs, layout).transpose(0, 1),
+            self.linear_fc2.weight,
+            make_targets=self.make_targets,
+            reduce_sums=self.sum_over_tensor_ranks,
+        )
+        return outputs.transpose(0, 1).contiguous()
 
     def _whole(self, local: Tensor) -> Tensor:
         """All local tokens on each tensor rank; backward sums the ranks' partial gradients."""
@@ -172,12 +189,15 @@ class FastWeightMLP(MLP):
         gate, up = self.linear_fc1(inputs)[0].chunk(2, dim=-1)
         return self.config.activation_func(gate) * up
 
-    def _targets(self, inputs: Tensor, layout: SequenceLayout) -> Tensor:
-        """``V = conv(U) @ W_target``: ``[B, L, H]``, whole on every tensor rank."""
-        source = inputs
-        if self.settings.target is TargetSource.input_embeddings:
-            assert layout.embeddings is not None
-            source = self._whole(layout.embeddings)
+    def _source(self, inputs: Tensor, layout: SequenceLayout) -> Tensor:
+        """U, the target source: ``[L, B, H]``, whole on every tensor rank."""
+        if self.settings.target is TargetSource.hidden_states:
+            return inputs
+        assert layout.embeddings is not None
+        return self._whole(layout.embeddings)
+
+    def make_targets(self, source: Tensor, plan: ChunkPlan) -> Tensor:
+        """``V = conv(U) @ W_target``: ``[B, L, H]`` to the same, whole on every tensor rank."""
         conv: Tensor | None = None
         proj: Tensor | None = None
         if self.settings.conv:
@@ -186,9 +206,8 @@ class FastWeightMLP(MLP):
                 conv = replicate(conv, group=self.tp_group)
         if self.settings.proj:
             proj = self.ttt_proj.weight
-        assert layout.plan is not None
         targets = target_from_source(
-            source.transpose(0, 1), conv, proj, plan=layout.plan, normalize=self.settings.normalize
+            source, conv, proj, plan=plan, normalize=self.settings.normalize
         )
         if proj is None or self.tp_group.size() == 1:
             return targets
@@ -199,7 +218,7 @@ class FastWeightMLP(MLP):
             return None
         return layout.exchange.for_layer(f"layer {self.layer}", observer=layout.scans.append)
 
-    def _sum_over_tp(self, sums: Tensor) -> Tensor:
+    def sum_over_tensor_ranks(self, sums: Tensor) -> Tensor:
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(sums, group=self.tp_group)
         return sums

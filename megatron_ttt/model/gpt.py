@@ -100,6 +100,13 @@ class InPlaceTTTModel(GPTModel):
             embedded = _JoinGradient.apply(embedded, (layout.embeddings,))
         return (embedded, self._angles(layout), *rest)
 
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Megatron's, on the positions whose logits a session wants."""
+        layout: SequenceLayout = kwargs["packed_seq_params"]
+        if layout.session is not None:
+            hidden_states = layout.session.select_hidden(hidden_states)
+        return super()._postprocess(hidden_states, *args, **kwargs)
+
     def _angles(self, layout: SequenceLayout) -> Tensor:
         assert layout.positions is not None
         positions = layout.positions.transpose(0, 1)[:, :, None, None].float()

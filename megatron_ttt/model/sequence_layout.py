@@ -8,8 +8,9 @@ Shape letters: B batch rows, T tokens of a whole row, L tokens of this rank, S s
 H hidden.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -20,6 +21,42 @@ from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_span
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.parallel.scan import SpanExchange
 from megatron_ttt.parallel.scan_group import ScanGroup
+
+
+class ReadingSession(Protocol):
+    """What the rows have read before this call, and what this call adds to it (inference).
+
+    ``layer`` counts from 0. Tensors are this tensor-parallel rank's.
+    """
+
+    @property
+    def writes_fast_weights(self) -> bool:
+        """Whether fast weights are read and written; else their layers compute with W0 alone."""
+        ...
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Add the call's keys and values ``[L, B, G, E]`` and attend: ``[L, B, A * E]``."""
+        ...
+
+    def read_fast_weight(
+        self,
+        layer: int,
+        keys: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        *,
+        make_targets: Callable[[Tensor, ChunkPlan], Tensor],
+        reduce_sums: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Apply the rows' fast weights to ``Z [B, L, F]`` and write U ``[B, L, H]``: outputs."""
+        ...
+
+    def select_hidden(self, hidden_states: Tensor) -> Tensor:
+        """The positions ``[., B, H]`` out of ``[L, B, H]`` whose logits are wanted."""
+        ...
 
 
 @dataclass
@@ -41,6 +78,7 @@ class SequenceLayout(PackedSeqParams):
         state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
             shard of the state that enters each local chunk; filled while the layers run.
         scans: one record per scan that was waited for.
+        session: what the rows have read before, in inference; ``plan`` is then ``None``.
     """
 
     length: int = 0
@@ -53,6 +91,7 @@ class SequenceLayout(PackedSeqParams):
     embeddings: Tensor | None = None
     state_squares: dict[int, Tensor] = field(default_factory=dict)
     scans: list[ScanRecord] = field(default_factory=list)
+    session: ReadingSession | None = None
 
 
 def take_ranges(rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:

@@ -1,0 +1,135 @@
+"""Keys and values of one attention layer, every row at places of its own.
+
+Padding takes no place: a row's ``n``-th real token lies at place ``n``, whatever the other rows
+hold, so that rows of different lengths need no mask of holes.
+
+Shape suffixes: B batch rows, T tokens of a call, Q queries of a block, S places, A heads, G
+key/value groups, E head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_ttt.inference.token_runs import TokenRuns
+
+QUERY_BLOCK = 512
+_GROWTH = 256  # places; the buffer doubles beyond it
+
+
+class KeyValueCache:
+    """Grows by doubling; ``places[b]`` real tokens of row ``b`` are held."""
+
+    def __init__(self, *, batch: int) -> None:
+        self.places = [0] * batch
+        self.keys_BSGE: Tensor | None = None
+        self.values_BSGE: Tensor | None = None
+
+    def attend(
+        self,
+        query_BTAE: Tensor,
+        key_BTGE: Tensor,
+        value_BTGE: Tensor,
+        runs: TokenRuns,
+        *,
+        window: int | None,
+        scale: float,
+    ) -> Tensor:
+        """Hold the call's keys and values, then attend causally: ``[B, T, A, E]``.
+
+        A query sees its own place and those before it, ``window`` of them at most. Outputs of
+        padding mean nothing.
+        """
+        self._append(key_BTGE, value_BTGE, runs)
+        assert self.keys_BSGE is not None and self.values_BSGE is not None
+        # Where the rows stand alike, one mask serves all, and one token needs none.
+        alike = len(set(zip(self.places, runs.first, runs.count, strict=True))) == 1
+        starts = [
+            place - count - first
+            for place, count, first in zip(self.places, runs.count, runs.first, strict=True)
+        ]
+        starts_B = torch.tensor(starts[:1] if alike else starts)
+        outputs = []
+        for first in range(0, runs.length, QUERY_BLOCK):
+            last = min(first + QUERY_BLOCK, runs.length)
+            places_BQ = starts_B[:, None] + torch.arange(first, last)
+            high = min(int(places_BQ.max()) + 1, max(self.places))
+            low = 0 if window is None else max(0, int(places_BQ.min()) - window + 1)
+            mask = None
+            if not (alike and last - first == 1):
+                mask = _visible(places_BQ, low, high, window).to(query_BTAE.device)
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query_BTAE[:, first:last].transpose(1, 2),
+                    self.keys_BSGE[:, low:high].transpose(1, 2),
+                    self.values_BSGE[:, low:high].transpose(1, 2),
+                    attn_mask=mask,
+                    scale=scale,
+                    enable_gqa=query_BTAE.shape[2] != key_BTGE.shape[2],
+                ).transpose(1, 2)
+            )
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+        self.places = [self.places[row] for row in rows]
+        if self.keys_BSGE is not None and self.values_BSGE is not None:
+            index = torch.tensor(list(rows), device=self.keys_BSGE.device)
+            self.keys_BSGE = self.keys_BSGE.index_select(0, index)
+            self.values_BSGE = self.values_BSGE.index_select(0, index)
+
+    def held(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values ``[B, S, G, E]`` up to the longest row, or None."""
+        if self.keys_BSGE is None or self.values_BSGE is None:
+            return None
+        longest = max(self.places)
+        return self.keys_BSGE[:, :longest], self.values_BSGE[:, :longest]
+
+    def restore(self, places: Sequence[int], held: tuple[Tensor, Tensor] | None) -> None:
+        """Continue from what ``places`` and ``held`` once were."""
+        self.places = list(places)
+        self.keys_BSGE, self.values_BSGE = held or (None, None)
+
+    def _append(self, key_BTGE: Tensor, value_BTGE: Tensor, runs: TokenRuns) -> None:
+        ends = [place + count for place, count in zip(self.places, runs.count, strict=True)]
+        self._reserve(max(ends), key_BTGE, value_BTGE)
+        assert self.keys_BSGE is not None and self.values_BSGE is not None
+        if runs.all_real and len(set(self.places)) == 1:
+            there = slice(self.places[0], ends[0])
+            self.keys_BSGE[:, there], self.values_BSGE[:, there] = key_BTGE, value_BTGE
+        else:
+            for row, (first, count) in enumerate(zip(runs.first, runs.count, strict=True)):
+                here = slice(first, first + count)
+                there = slice(self.places[row], ends[row])
+                self.keys_BSGE[row, there] = key_BTGE[row, here]
+                self.values_BSGE[row, there] = value_BTGE[row, here]
+        self.places = ends
+
+    def _reserve(self, needed: int, *like: Tensor) -> None:
+        old = (self.keys_BSGE, self.values_BSGE)
+        capacity = 0 if old[0] is None else old[0].shape[1]
+        if needed <= capacity:
+            return
+        capacity = max(needed, 2 * capacity, _GROWTH)
+        new = []
+        for tensor, held in zip(like, old, strict=True):
+            batch, _, *rest = tensor.shape
+            # Zeros, since a padding query may look at places that nothing was written to.
+            grown = tensor.new_zeros(batch, capacity, *rest)
+            if held is not None:
+                grown[:, : held.shape[1]] = held
+            new.append(grown)
+        self.keys_BSGE, self.values_BSGE = new
+
+
+def _visible(places_BQ: Tensor, low: int, high: int, window: int | None) -> Tensor:
+    """``[B, 1, Q, high - low]`` bool: which places ``low <= s < high`` each query sees."""
+    distance = places_BQ[:, :, None] - torch.arange(low, high)
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    return mask[:, None]

@@ -1,0 +1,221 @@
+"""Reading with a Megatron model: chunked prefill and decoding that continue each other.
+
+A session holds, for a batch of rows, the keys and values of every layer and the fast weights of
+those that have them. It travels to the layers inside the call's :class:`SequenceLayout`, never as
+module state. Rows may have different lengths and grow by different numbers of tokens a call.
+
+Tensor parallelism: every rank of the group holds a session with its shards and makes the same
+calls. Sequence, context and pipeline parallelism belong to training and are refused.
+
+Shape letters: B batch rows, T tokens of a call, L tokens (Megatron's sequence-first tensors), H
+hidden, F ffn / tp, A heads, G key/value groups, E head dim, W vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_ttt.config.derived import ttt_layers
+from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.fast_weights.documents import ChunkPlan
+from megatron_ttt.inference.fast_weight_state import FastWeightState, LayerTensors, UpdateRule
+from megatron_ttt.inference.key_value_cache import KeyValueCache
+from megatron_ttt.inference.token_runs import TokenRuns
+from megatron_ttt.model.build import fast_weight_settings
+from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.model.sequence_layout import SequenceLayout
+
+PREFILL_TOKENS = 2048
+
+
+class LogitsOf(Enum):
+    """Which positions' logits a call returns."""
+
+    LAST = "last"  # each row's last token: [B, 1, W]
+    ALL = "all"  # every token: [B, T, W]
+
+
+def update_rule(config: Config) -> UpdateRule:
+    """The update rule of a configuration with fast weights."""
+    settings = fast_weight_settings(config)
+    assert settings is not None, "the configuration has no fast weights"
+    return UpdateRule(
+        chunk_size=config.ttt.chunk_size,
+        learning_rate=settings.learning_rate,
+        decay=config.ttt.decay,
+        clip=settings.clip,
+        normalize=settings.normalize,
+    )
+
+
+class ModelSession:
+    """What a Megatron model has read; see the module's lines.
+
+    ``fast_weights`` and ``attention`` hold one state per layer, counted from 0.
+    """
+
+    def __init__(
+        self,
+        model: InPlaceTTTModel,
+        config: Config,
+        groups: ProcessGroupCollection,
+        *,
+        batch: int,
+        device: torch.device,
+        mode: TTTMode = TTTMode.in_place,
+    ) -> None:
+        """A session that has read nothing.
+
+        Args:
+            model: built from ``config`` with the torch attention backend, in ``eval`` mode.
+            batch: rows.
+            device: the model's.
+            mode: ``off`` computes the model without its fast weights.
+
+        Raises:
+            ValueError: a kind of parallelism that a session has no part for.
+        """
+        for axis, size in (("pp", groups.pp.size()), ("cp", groups.cp.size())):
+            if size > 1:
+                raise ValueError(f"parallel.{axis}={size}: reading with a session needs {axis}=1")
+        if model.config.sequence_parallel:
+            raise ValueError("parallel.sequence_parallel=on: set it off to read token by token")
+        self.model, self.config, self.device = model, config, device
+        self.tp_group = groups.tp
+        self.places = [0] * batch
+        fast = ttt_layers(config) if mode is TTTMode.in_place else []
+        self.writes_fast_weights = bool(fast)
+        self.fast_weights: dict[int, FastWeightState] = {}
+        if fast:
+            rule = update_rule(config)
+            self.fast_weights = {layer: FastWeightState(rule, batch=batch) for layer in fast}
+        self.attention = {layer: KeyValueCache(batch=batch) for layer in range(config.model.layers)}
+        self._runs: TokenRuns | None = None
+        self._wanted = LogitsOf.LAST
+
+    @property
+    def batch(self) -> int:
+        return len(self.places)
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[Sequence[int]], *, logits: LogitsOf = LogitsOf.LAST) -> Tensor:
+        """Read new tokens of every row; a row without any is not changed.
+
+        Args:
+            rows: one sequence of token ids per row.
+            logits: ``LAST`` reads long rows ``PREFILL_TOKENS`` at a time.
+
+        Returns:
+            ``[B, 1, W]`` or ``[B, T, W]`` over the whole (padded) vocabulary, on every tensor rank.
+            What stands in a row's padding, or in a row without tokens, means nothing.
+        """
+        assert len(rows) == self.batch
+        longest = max(len(row) for row in rows)
+        if longest == 0:
+            raise ValueError("there is nothing to read: every row is empty")
+        step = PREFILL_TOKENS if logits is LogitsOf.LAST else longest
+        result: Tensor | None = None
+        for first in range(0, longest, step):
+            some = [row[first : first + step] for row in rows]
+            found = self._read(some, logits)
+            if result is None:
+                result = found
+            for row, tokens in enumerate(some):
+                if len(tokens):
+                    result[row] = found[row]
+        assert result is not None
+        return result
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was: beam reorder, repeat and select."""
+        self.places = [self.places[row] for row in rows]
+        for fast_weight in self.fast_weights.values():
+            fast_weight.select(rows)
+        for cache in self.attention.values():
+            cache.select(rows)
+
+    def flush(self) -> None:
+        """Write the unfinished chunk of every layer; the chunk grid starts anew behind it."""
+        for layer, state in self.fast_weights.items():
+            mlp: Any = self.model.decoder.layers[layer].mlp
+            state.flush(
+                mlp.linear_fc2.weight, mlp.make_targets, reduce_sums=mlp.sum_over_tensor_ranks
+            )
+
+    # What the layers call (``sequence_layout.ReadingSession``):
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """Queries ``[L, B, A, E]``, keys and values ``[L, B, G, E]`` to ``[L, B, A * E]``."""
+        assert self._runs is not None
+        attended = self.attention[layer].attend(
+            query.transpose(0, 1),
+            key.transpose(0, 1),
+            value.transpose(0, 1),
+            self._runs,
+            window=window,
+            scale=scale,
+        )
+        return attended.transpose(0, 1).flatten(2)
+
+    def read_fast_weight(
+        self,
+        layer: int,
+        keys: Tensor,
+        source: Tensor,
+        weight: Tensor,
+        *,
+        make_targets: Callable[[Tensor, ChunkPlan], Tensor],
+        reduce_sums: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Keys ``[B, L, F]`` and sources ``[B, L, H]`` to outputs ``[B, L, H]``."""
+        assert self._runs is not None
+        tensors = LayerTensors(keys, source, weight, make_targets, reduce_sums)
+        return self.fast_weights[layer].read(tensors, self._runs)
+
+    def select_hidden(self, hidden_states: Tensor) -> Tensor:
+        """``[L, B, H]`` to the positions whose logits are wanted."""
+        if self._wanted is LogitsOf.ALL or len(hidden_states) == 1:
+            return hidden_states
+        assert self._runs is not None
+        last = torch.tensor([max(count - 1, 0) for count in self._runs.count], device=self.device)
+        rows = torch.arange(self.batch, device=self.device)
+        return hidden_states[last, rows][None]
+
+    def _read(self, rows: Sequence[Sequence[int]], logits: LogitsOf) -> Tensor:
+        count = tuple(len(row) for row in rows)
+        length = max(count)
+        tokens = torch.zeros(self.batch, length, dtype=torch.long)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = torch.as_tensor(ids)
+        self._runs = TokenRuns((0,) * self.batch, count, length)
+        self._wanted = logits
+        positions = torch.tensor(self.places)[:, None] + torch.arange(length)
+        layout = SequenceLayout(
+            qkv_format="sbhd",
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
+            length=length,
+            ranges=[(0, length)],
+            positions=positions.to(self.device),
+            session=self,
+        )
+        found = self.model(
+            input_ids=tokens.to(self.device),
+            position_ids=layout.positions,
+            attention_mask=None,
+            packed_seq_params=layout,
+        )
+        self.places = [place + new for place, new in zip(self.places, count, strict=True)]
+        if self.tp_group.size() > 1:
+            found = gather_from_tensor_model_parallel_region(found, group=self.tp_group)
+        return found
