@@ -236,6 +236,8 @@ class _Model:
         seconds = messages = 0.0
         for level in range(rounds):
             distance = 1 << level
+            if self.order is SequenceOrder.ZIGZAG and distance == self.nodes - 1:
+                continue  # the one pair of this round lies on rank 0
             both = self.doubled if distance < self.ranks - 1 else 1
             if self.ranks <= self.topology.island:
                 seconds += both * intra.seconds(self.state_bytes)

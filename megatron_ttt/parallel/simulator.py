@@ -11,6 +11,7 @@ import heapq
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,17 +55,25 @@ class _Rank:
     finished: bool = False
 
 
+class _Leaving(NamedTuple):
+    """A message at the head of its sender's port; ``inner``: it stays in the island."""
+
+    peer: int
+    tensor: Tensor
+    inner: bool
+    occupied_s: float
+
+
 @dataclass
 class _Network:
     """Ports, events and messages under way. ``scale``: nominal bytes per byte really held.
 
-    Events are ``(time, count, rank, message)``: without a message the rank goes on, with one the
-    message leaves ``rank``.
+    Events are ``(time, count, rank, leaving)``: with nothing leaving the rank goes on.
     """
 
     topology: Topology
     scale: float
-    events: list[tuple[float, int, int, Message | None]] = field(default_factory=list)
+    events: list[tuple[float, int, int, _Leaving | None]] = field(default_factory=list)
     count: int = 0
     sending: dict[tuple[int, bool], float] = field(default_factory=lambda: defaultdict(float))
     receiving: dict[tuple[int, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -72,29 +81,25 @@ class _Network:
         default_factory=lambda: defaultdict(deque)
     )
 
-    def schedule(self, time: float, rank: int, message: Message | None = None) -> None:
+    def schedule(self, time: float, rank: int, leaving: _Leaving | None = None) -> None:
         self.count += 1
-        heapq.heappush(self.events, (time, self.count, rank, message))
+        heapq.heappush(self.events, (time, self.count, rank, leaving))
 
     def post(self, source: int, message: Message, now: float) -> None:
         """Queue a message at its sender's port."""
-        inner, occupied = self._link(source, message)
-        begin = max(now, self.sending[source, inner])
-        self.sending[source, inner] = begin + occupied
-        self.schedule(begin, source, message)
-
-    def leave(self, source: int, message: Message, now: float) -> None:
-        """The message begins to flow: queue it at its receiver's port."""
-        inner, occupied = self._link(source, message)
-        end = max(now, self.receiving[message.peer, inner]) + occupied
-        self.receiving[message.peer, inner] = end
-        self.arriving[source, message.peer].append((end, message.tensor))
-
-    def _link(self, source: int, message: Message) -> tuple[bool, float]:
         inner = source // self.topology.island == message.peer // self.topology.island
         link = self.topology.intra if inner else self.topology.inter
-        size = message.tensor.numel() * message.tensor.element_size()
-        return inner, link.seconds(size * self.scale)
+        occupied = link.seconds(message.tensor.nbytes * self.scale)
+        begin = max(now, self.sending[source, inner])
+        self.sending[source, inner] = begin + occupied
+        self.schedule(begin, source, _Leaving(*message, inner, occupied))
+
+    def leave(self, source: int, leaving: _Leaving, now: float) -> None:
+        """The message begins to flow: queue it at its receiver's port."""
+        port = leaving.peer, leaving.inner
+        end = max(now, self.receiving[port]) + leaving.occupied_s
+        self.receiving[port] = end
+        self.arriving[source, leaving.peer].append((end, leaving.tensor))
 
 
 def simulate(
@@ -144,16 +149,16 @@ def _deliver_all(members: list[_Rank], network: _Network) -> None:
         network.schedule(0.0, rank)
     awaited: set[tuple[int, int]] = set()
     while network.events:
-        now, _, rank, message = heapq.heappop(network.events)
-        if message is None:
+        now, _, rank, leaving = heapq.heappop(network.events)
+        if leaving is None:
             _go_on(members[rank], rank, now, network, awaited)
             continue
-        network.leave(rank, message, now)
-        if (rank, message.peer) in awaited:
-            awaited.remove((rank, message.peer))
-            members[message.peer].missing -= 1
-            if members[message.peer].missing == 0:
-                _resume(members[message.peer], message.peer, network)
+        network.leave(rank, leaving, now)
+        if (rank, leaving.peer) in awaited:
+            awaited.remove((rank, leaving.peer))
+            members[leaving.peer].missing -= 1
+            if members[leaving.peer].missing == 0:
+                _resume(members[leaving.peer], leaving.peer, network)
     stuck = [rank for rank, member in enumerate(members) if not member.finished]
     assert not stuck, f"ranks {stuck[:8]} wait for messages that nobody sends"
     leftover = [pair for pair, messages in network.arriving.items() if messages]
@@ -172,7 +177,7 @@ def _go_on(
         member.finished = True
         return
     for message in request.sends:
-        member.bytes_sent += message.tensor.numel() * message.tensor.element_size()
+        member.bytes_sent += message.tensor.nbytes
         member.messages_sent += 1
         network.post(rank, message, member.clock_s)
     member.waiting = request.receives

@@ -58,7 +58,7 @@ class GroupTransport:
 
     def exchange(self, request: Exchange) -> None:
         for message in request.sends:
-            self.bytes_sent += message.tensor.numel() * message.tensor.element_size()
+            self.bytes_sent += message.tensor.nbytes
             self.messages_sent += 1
         messages = (*request.receives, *request.sends)
         if messages and messages[0].tensor.is_cuda:
@@ -130,7 +130,7 @@ class DelayedTransport:
     def exchange(self, request: Exchange) -> None:
         began = time.monotonic()
         self._inner.exchange(request)
-        sizes = [m.tensor.numel() * m.tensor.element_size() for m in request.receives]
+        sizes = [m.tensor.nbytes for m in request.receives]
         delay = sum(self._alpha_s + self._beta_s_per_byte * size for size in sizes)
         time.sleep(max(0.0, began + delay - time.monotonic()))
 

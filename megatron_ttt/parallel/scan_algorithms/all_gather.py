@@ -18,27 +18,20 @@ from megatron_ttt.parallel.scan_algorithms.problem import (
 
 
 def all_gather(problem: ScanProblem, summaries: Summaries, carries: Carries) -> Program:
-    route, rank, ranks = problem.route, problem.rank, problem.ranks
-    mine = route.senders(rank)
+    route = problem.route
+    mine = route.senders(problem.rank)
     for node in mine:
         yield Need(node)
-    like = carries[problem.nodes[0]]
-    outgoing = problem.buffer(like, len(mine) * problem.elements)
-    for index, node in enumerate(mine):
-        outgoing[index * problem.elements : (index + 1) * problem.elements].copy_(summaries[node])
-    sends, receives = [], []
-    for step in range(1, ranks):  # starting at the neighbour, no two ranks send to the same one
-        to, source = (rank + step) % ranks, (rank - step) % ranks
-        if mine:
-            sends.append(Message(to, outgoing))
-        if theirs := route.senders(source):
-            buffer = problem.buffer(like, len(theirs) * problem.elements)
-            receives.append(Message(source, buffer))
+    sends = []
+    if mine:
+        outgoing = problem.packed([summaries[node] for node in mine])
+        sends = [Message(to, outgoing) for to in problem.peers]
+    counts = [(peer, len(route.senders(peer)) * problem.elements) for peer in problem.sources]
+    receives = problem.expected(carries[problem.nodes[0]], counts)
     yield Exchange(sends, receives)
     gathered: dict[int, Tensor] = {node: summaries[node] for node in mine}
     for message in receives:
-        nodes = route.senders(message.peer)
-        gathered |= zip(nodes, message.tensor.split(problem.elements), strict=True)
+        gathered |= problem.unpacked(route.senders(message.peer), message.tensor)
     _fold(problem, gathered, carries)
 
 
@@ -48,9 +41,10 @@ def _fold(problem: ScanProblem, gathered: dict[int, Tensor], carries: Carries) -
         return
     carry = carries[wanted[-1]]  # the last carry's memory serves the running one
     carry.copy_(gathered[0])
-    for node in range(1, wanted[-1] + 1):
-        if node in wanted and node != wanted[-1]:
+    for node in range(1, wanted[-1]):
+        if node in wanted:
             carries[node].copy_(carry)
-        if node < wanted[-1]:
-            later = gathered[node].to(carry.dtype)
-            problem.combine(problem.route.keeps(node), carry, later, out=carry)
+        later = gathered[node]
+        if later.dtype != carry.dtype:
+            later = later.to(carry.dtype)
+        problem.combine(problem.route.keeps(node), carry, later, out=carry)

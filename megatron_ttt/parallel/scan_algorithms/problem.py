@@ -16,6 +16,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +25,7 @@ from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """A contiguous tensor to or from ``peer`` (a rank of the group)."""
 
     peer: int
@@ -70,6 +70,14 @@ class Route:
         return len(self.owners)
 
     @cached_property
+    def _senders(self) -> list[list[int]]:
+        return [[n for n in nodes if n != self.nodes - 1] for nodes in self.nodes_of_rank]
+
+    @cached_property
+    def _receivers(self) -> list[list[int]]:
+        return [[n for n in nodes if n != 0] for nodes in self.nodes_of_rank]
+
+    @cached_property
     def nodes_of_rank(self) -> list[list[int]]:
         held: list[list[int]] = [[] for _ in range(max(self.owners) + 1)]
         for node, rank in enumerate(self.owners):
@@ -78,11 +86,11 @@ class Route:
 
     def senders(self, rank: int) -> list[int]:
         """Nodes of ``rank`` whose summary somebody else may need: all but the last of the path."""
-        return [node for node in self.nodes_of_rank[rank] if node != self.nodes - 1]
+        return self._senders[rank]
 
     def receivers(self, rank: int) -> list[int]:
         """Nodes of ``rank`` that something enters: all but the first of the path."""
-        return [node for node in self.nodes_of_rank[rank] if node != 0]
+        return self._receivers[rank]
 
     @cached_property
     def _keeps(self) -> list[list[float]]:
@@ -125,6 +133,16 @@ class ScanProblem:
     def nodes(self) -> list[int]:
         return self.route.nodes_of_rank[self.rank]
 
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks from the neighbour on: no two ranks send to one at the same time."""
+        return [(self.rank + step) % self.ranks for step in range(1, self.ranks)]
+
+    @property
+    def sources(self) -> list[int]:
+        """The other ranks in the order in which they send to this one."""
+        return [(self.rank - step) % self.ranks for step in range(1, self.ranks)]
+
     def combine(
         self,
         keeps: Sequence[float],
@@ -158,6 +176,23 @@ class ScanProblem:
     def buffer(self, like: Tensor, elements: int) -> Tensor:
         """An empty message of ``elements``."""
         return like.new_empty(elements, dtype=self.message_dtype)
+
+    def packed(self, parts: Sequence[Tensor]) -> Tensor:
+        """One message of several states or slices."""
+        return self.message(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
+
+    def unpacked(self, nodes: Sequence[int], message: Tensor) -> dict[int, Tensor]:
+        """The parts of a message by node."""
+        if len(nodes) == 1:
+            return {nodes[0]: message}
+        return dict(zip(nodes, message.chunk(len(nodes)), strict=True))
+
+    def expected(self, like: Tensor, counts: Sequence[tuple[int, int]]) -> list[Message]:
+        """Messages to receive, from ``(peer, elements)``; peers that send nothing are left out."""
+        sizes = [count for _, count in counts]
+        buffers = self.buffer(like, sum(sizes)).split(sizes) if sizes else ()
+        pairs = zip(counts, buffers, strict=True)
+        return [Message(peer, buffer) for (peer, count), buffer in pairs if count]
 
 
 def _combine(keep: float, earlier: Tensor, later: Tensor, out: Tensor | None) -> Tensor:
