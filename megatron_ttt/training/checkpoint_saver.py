@@ -89,6 +89,7 @@ class CheckpointSaver:
         self._retention, self._report = retention, report
         self._calls = AsyncCallsQueue()
         self._pending: int | None = None  # step of the checkpoint under way
+        self._folder: Path | None = None  # where it is being written
 
     def save(self, progress: Progress) -> None:
         """Save now, or begin to; an earlier save still under way is completed first.
@@ -99,6 +100,7 @@ class CheckpointSaver:
         self.finish()
         self._pending = progress.step
         folder = self._guarded(partial(on_first_rank, self.ranks, partial(self._prepare, progress)))
+        self._folder = folder
         request = self._guarded(partial(self._request, folder, progress))
         if self.mode is SaveMode.ASYNCHRONOUS:
             self._calls.schedule_async_request(request)
@@ -200,18 +202,20 @@ class CheckpointSaver:
         self._report(f"saved {on_first_rank(self.ranks, publish)}")
 
     def _guarded(self, action: Callable[[], Any]) -> Any:
-        """Turn whatever stops a save into one line."""
+        """Turn whatever stops a save into one line, and free what it has taken of the disk."""
         try:
             return action()
         except CheckpointException as error:  # only rank 0 is told the reasons
             reasons = {reason(failure[0]) for failure in error.failures.values()}
             words = on_first_rank(self.ranks, lambda: "; ".join(sorted(reasons)))
-            raise SaveFailed(self._sentence(words)) from error
+            cause: BaseException = error
         except (SaveFailed, OSError) as error:
-            raise SaveFailed(self._sentence(reason(error))) from error
-
-    def _sentence(self, words: str) -> str:
-        return f"checkpoint of step {self._pending} not saved: {words}; earlier ones are untouched"
+            words, cause = reason(error), error
+        if self.ranks.is_first and self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)  # else the next save's beginning does
+        raise SaveFailed(
+            f"checkpoint of step {self._pending} not saved: {words}; earlier ones are untouched"
+        ) from cause
 
 
 def _write(

@@ -112,9 +112,15 @@ def agree(ranks: Ranks, error: Exception | None) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """One line for a person: an ``OSError`` by its file and the system's words."""
-    if isinstance(error, OSError) and error.strerror:
-        place = f"{error.filename}: " if error.filename else ""
-        return f"{place}{error.strerror}"
+    """One line for a person.
+
+    Where the system refused something, its words and the file: torch's writer stumbles over a full
+    disk once more while it closes its file, and reports only that.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.filename}: {cause.strerror}" if cause.filename else cause.strerror
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
     return text or type(error).__name__

@@ -172,7 +172,7 @@ def test_a_failure_on_one_rank_fails_the_save_on_all(pool: RankPool, tmp_path: P
         assert "checkpoint of step 2 not saved" in message
         assert "File too large" in message
         assert survivor == "step_00000001"
-        assert leftovers == 0  # the next save has cleared them
+        assert leftovers == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"step_00000001", "step_00000003", "latest"}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ttt.training.checkpoint_files import complete_folders
 from megatron_ttt.training.resilience import STOPPED
 from tests.end_to_end.lives import STEPS, TINY, Run, every_sample_once
 
@@ -38,7 +39,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     assert done.returncode == 0, done.stderr
     ratios = [row[key] for row in run.rows() for key in row if key.startswith("ttt/")]
-    assert max(ratios) > 0.02, f"fast weights not alive: {ratios}"
+    assert 0.05 < max(ratios) < 0.5, f"fast weights not alive: {ratios}"
     assert len(run.rows()) == STEPS
     return run
 
@@ -135,7 +136,7 @@ def test_a_full_disk_stops_the_run_in_one_line(tmp_path: Path) -> None:
         last = life.text.splitlines()[-1]
         assert "checkpoint of step 10 not saved" in last and "File too large" in last
         assert "Traceback" not in life.text and "saved " not in life.text.replace("not saved", "")
-        assert [path.name for path in run.checkpoints.glob("step_*[0-9]")] == ["step_00000005"]
+        assert [path.name for path in run.checkpoints.glob("step_*")] == ["step_00000005"]
     assert "step_00000005 at step 5" in run.complete("train.steps=10")
 
 
@@ -144,14 +145,14 @@ def test_damage_is_reported_and_the_one_before_is_used(straight: Run, tmp_path: 
     life = run.start()
     life.when(lambda: (run.checkpoints / "step_00000015").exists())
     life.kill()
-    newest = sorted(run.checkpoints.glob("step_*[0-9]"))[-1]
+    newest = complete_folders(run.checkpoints)[0]
     shard = newest / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])  # a byte is missing at the end
     text = run.complete()
     assert f"damaged checkpoint: {shard} has" in text
     assert f"kept as {newest.name}.damaged" in text
     check_equal(run, straight)
-    for folder in run.checkpoints.glob("step_*[0-9]"):
+    for folder in complete_folders(run.checkpoints):
         (folder / ".metadata").unlink()
     life = run.start()
     assert life.wait() == 2
