@@ -62,6 +62,7 @@ class HFView:
     Attributes:
         folder: the source.
         pieces: every tensor, in the order of the forward pass.
+        fast: whether any layer has fast weights.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class HFView:
         """
         self.folder, self.model, self.ttt = folder, model, ttt
         target = target_generator(ttt, layers=model.layers)
+        self.fast = bool(target.layers)
         self.mapping: Mapping = build_mapping(model, target)
         self._check()
         places, shapes = self.mapping.megatron_runs(), self.mapping.hf_shapes()
@@ -155,7 +157,7 @@ def export_checkpoint(
     report: Report,
     shard_bytes: int = SHARD_BYTES,
     block_bytes: int = BLOCK_BYTES,
-    add_files: Callable[[Path], None] | None = None,
+    before_publish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the folder; a call that was killed is continued, shard by shard, by the next one.
 
@@ -168,7 +170,7 @@ def export_checkpoint(
         report: called with (tensor, its bytes) after each.
         shard_bytes: largest file of weights.
         block_bytes: rows converted at a time.
-        add_files: called with the finished folder before it becomes visible.
+        before_publish: called with the finished folder before it becomes visible.
 
     Raises:
         ConfigError: the source is damaged, or the destination cannot be written.
@@ -200,8 +202,8 @@ def export_checkpoint(
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
         for path in companions(companions_from) if companions_from is not None else []:
             folder.copy(path, path.name)
-        if add_files is not None:
-            add_files(folder.path)
+        if before_publish is not None:
+            before_publish(folder.path)
         folder.publish()
 
 

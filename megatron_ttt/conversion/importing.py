@@ -26,6 +26,7 @@ def import_checkpoint(
     ttt: TTTConfig | None,
     report: Report,
     block_bytes: int = BLOCK_BYTES,
+    before_publish: Callable[[Path], None] | None = None,
 ) -> None:
     """Write the checkpoint; a call that was killed is continued by the next one.
 
@@ -37,6 +38,7 @@ def import_checkpoint(
         ttt: recorded in the manifest; ``None`` without fast weights.
         report: called with (tensor, its bytes) after each.
         block_bytes: size of the row blocks that large tensors are stored in.
+        before_publish: called with the finished folder before it becomes visible.
 
     Raises:
         ConfigError: the source is damaged, or the destination cannot be written.
@@ -58,6 +60,9 @@ def import_checkpoint(
         for file in [view.folder.path / CONFIG, *companions(view.folder.path)]:
             folder.copy(file, f"{ORIGIN}/{file.name}")
         writer.complete(layers=view.model.layers, content=CONTENT, facts=facts)
+        if before_publish is not None:
+            before_publish(folder.path)
+        folder.publish()
 
 
 def plain(config: ModelConfig | TTTConfig) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class CheckpointWriter:
         return fresh
 
     def complete(self, *, layers: int, content: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Write what belongs to the checkpoint as a whole, and make it visible.
+        """Write what belongs to the checkpoint as a whole.
 
         Args:
             layers: of the model.
@@ -132,7 +132,6 @@ class CheckpointWriter:
         text = json.dumps(manifest, sort_keys=True)
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         self.folder.write_text(MANIFEST, json.dumps(manifest, indent=1))
-        self.folder.publish()
 
     def _add_extra_states(self, layers: int) -> None:
         buffer = io.BytesIO()

@@ -1,13 +1,13 @@
 """A Hugging Face folder seen as Megatron's tensors: checked once, then read by rows."""
 
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import ModelConfig, TTTConfig
+from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.initial_target import initial_target
@@ -135,11 +135,32 @@ class MegatronView:
         return tied or switched_off or name.endswith(_DERIVED)
 
 
-def open_hf(
-    path: Path, *, target: TargetGenerator | None = None, seed: int, name: str = "imported"
-) -> MegatronView:
-    """A checked view of a Hugging Face folder; see :class:`MegatronView`."""
-    return MegatronView(HFFolder(path), target=target, seed=seed, name=name)
+def described_ttt(
+    folder: HFFolder, *, layers: list[int] | None
+) -> tuple[TargetGenerator, TTTConfig]:
+    """The fast weights that an import should give a model.
+
+    Args:
+        folder: the source.
+        layers: those that get a target generator, empty for none; ``None``: the source's own, or
+            every sixth of a plain model.
+
+    Raises:
+        ConfigError: a layer that the model lacks.
+    """
+    where = str(folder.path)
+    model = model_from_hf(folder.config, name="imported", where=where)
+    ttt = ttt_from_hf(folder.config, layers=model.layers, where=where) or TTTConfig()
+    if layers is not None:
+        absent = [layer for layer in layers if not 0 <= layer < model.layers]
+        if absent:
+            message = f"layers are 0 to {model.layers - 1}"
+            raise ConfigError([Fault("ttt layers", absent, message)])
+        ttt = replace(ttt, layers=layers or None)
+        if not layers:
+            ttt = replace(ttt, mode=TTTMode.off)
+    target = target_generator(ttt, layers=model.layers)
+    return target, replace(ttt, layers=list(target.layers) or None)
 
 
 def _some(names: list[str]) -> str:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from megatron_ttt.config.schema import TTTConfig
 from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
+from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.importing import import_checkpoint
 from megatron_ttt.conversion.manifest import described_model, origin
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
-from megatron_ttt.conversion.source import open_hf
+from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator
 from tests.distributed.conversion_cases import (
     CASES,
@@ -49,7 +50,7 @@ def test_plain_models_agree_with_transformers(case: Case, tmp_path: Path, pool: 
     with torch.no_grad():
         expected = hf(random_tokens()).logits
     target = target_generator(FAST, layers=4)
-    view = open_hf(tmp_path / "hf", target=target, seed=11)
+    view = MegatronView(HFFolder(tmp_path / "hf"), target=target, seed=11)
     import_checkpoint(view, tmp_path / "megatron", ttt=FAST, report=silent, block_bytes=3000)
     for tp, pp in LAYOUTS:
         config = run_config(view.model, FAST, tp=tp, pp=pp)
