@@ -4,6 +4,7 @@
 python tools/benchmark.py fast-weight-layer --chunk 64
 python tools/benchmark.py fast-weight-layer --hidden 2560 --ffn 9728 --tokens 65536 --dtype bf16 \
     --device cuda --json layer.json
+python tools/benchmark.py checkpoint --hidden 1024 --layers 12 --folder /scratch
 """
 
 import argparse
@@ -63,6 +64,39 @@ def run_fast_weight_layer(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_checkpoint(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """What saving costs the step, asynchronously and synchronously."""
+    parser = commands.add_parser("checkpoint", help="how long a step waits for a checkpoint")
+    add = parser.add_argument
+    add("--hidden", type=int, default=512)
+    add("--layers", type=int, default=8)
+    add("--repeats", type=int, default=3, help="saves in each mode (default: 3)")
+    add("--folder", type=Path, help="on the file system to measure (default: a temporary one)")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_checkpoint)
+
+
+def run_checkpoint(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if a checkpoint cannot be saved."""
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ttt.benchmarks import checkpoint as benchmark
+    from megatron_ttt.training.checkpoint_saver import SaveFailed
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json")}
+    problem = benchmark.SaveProblem(**options)
+    try:
+        report = benchmark.measure(problem)
+    except SaveFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    benchmark.show(problem, report, Console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(benchmark.as_record(problem, report), indent=2) + "\n")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
     parser = OneLineParser(
@@ -70,6 +104,7 @@ def main(argv: list[str]) -> int:
     )
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     add_fast_weight_layer(commands)
+    add_checkpoint(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
