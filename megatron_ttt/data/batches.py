@@ -21,6 +21,7 @@ from megatron_ttt.data.datasets import BlendPart, build_samples, samples_in_spli
 from megatron_ttt.data.rows import Batch, make_batch
 from megatron_ttt.data.sources import Source, cache_dir, open_source
 from megatron_ttt.data.tokenizers import TokenizerIdentity
+from megatron_ttt.data.workers import leave_with_parent_alone
 
 __all__ = ["Batch", "DataStreams", "MicroBatchSampler", "build_data", "make_batch"]
 
@@ -195,6 +196,7 @@ class _LoaderFactory:
                 mask_document_end=data.mask_document_end,
             ),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_with_parent_alone,
             # the workers of the validation loader wait for its next round
             persistent_workers=data.workers > 0,
             # its own generator: the loader would draw a seed from the global one at every start

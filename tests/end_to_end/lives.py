@@ -55,6 +55,7 @@ def context() -> multiprocessing.context.ForkServerContext:
 
 def live(words: list[str], log: str, environment: dict[str, str], largest_file: int | None) -> None:
     """The whole life of one rank."""
+    os.setpgid(0, 0)  # a signal to the group then reaches what the rank starts, and no one else
     os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)

@@ -111,12 +111,12 @@ def test_killed_and_started_at_another_layout(
 
 
 def test_asked_to_stop(straight: Run, tmp_path: Path) -> None:
-    """SIGTERM twice in a row, as torchrun under Slurm passes it on: one request."""
-    run = Run(tmp_path / "run", ["checkpoint.async_save=true"])
+    """SIGTERM to every process, twice, as Slurm and torchrun send it: one request."""
+    run = Run(tmp_path / "run", ["checkpoint.async_save=true", "data.workers=1"])
     life = run.start()
     life.when(lambda: run.steps() >= 4)
     for _ in range(2):
-        os.kill(life.processes[0].pid or 0, signal.SIGTERM)
+        os.killpg(life.processes[0].pid or 0, signal.SIGTERM)
     assert life.wait() == STOPPED, life.text
     done = run.steps()
     assert 4 <= done < STEPS
