@@ -133,6 +133,10 @@ class ModelSession:
         assert result is not None
         return result
 
+    def read_last(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits ``[B, V]`` over the real vocabulary after each row's last new token."""
+        return self.read(rows)[:, 0, : self.config.model.vocab_size]
+
     def select(self, rows: Sequence[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was: beam reorder, repeat and select."""
         self.places = [self.places[row] for row in rows]

@@ -114,9 +114,18 @@ def load_weights(folder: Path, state: TrainingState, *, ranks: Ranks) -> None:
     Raises:
         UnfitCheckpoint: the folder holds another model.
     """
-    wanted = {"model": state.model.sharded_state_dict(metadata=_metadata(ranks))}
-    state.model.load_state_dict(_read(wanted, folder, ranks)["model"])
+    load_model(folder, state.model, ranks=ranks)
     state.optimizer.reload_model_params()
+
+
+def load_model(folder: Path, model: Any, *, ranks: Ranks) -> None:
+    """Weights alone, into a pipeline stage (inside DDP or not): what reading needs.
+
+    Raises:
+        UnfitCheckpoint: the folder holds another model.
+    """
+    wanted = {"model": model.sharded_state_dict(metadata=_metadata(ranks))}
+    model.load_state_dict(_read(wanted, folder, ranks)["model"])
 
 
 def newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Found | None:

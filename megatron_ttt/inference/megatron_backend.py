@@ -1,0 +1,210 @@
+"""Megatron distributed checkpoints, imported or trained, on tensor-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron_ttt.config.faults import ConfigError
+from megatron_ttt.config.schema import (
+    AttentionBackend,
+    Config,
+    DataConfig,
+    ParallelConfig,
+    RunConfig,
+    Toggle,
+    TrainConfig,
+    TTTMode,
+)
+from megatron_ttt.config.to_megatron import transformer_config
+from megatron_ttt.conversion.manifest import described_model, origin
+from megatron_ttt.conversion.megatron_folder import MegatronFolder
+from megatron_ttt.inference.backend import Turn, UnfitModel
+from megatron_ttt.inference.fast_weight_state import Unfinished
+from megatron_ttt.inference.model_session import ModelSession, update_rule
+from megatron_ttt.inference.state_files import (
+    Identity,
+    StateFile,
+    StateFileError,
+    StateKind,
+    identity_of,
+    load_state,
+    pack_memory,
+    pack_states,
+    save_state,
+    unpack_states,
+)
+from megatron_ttt.model.build import build_model
+from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
+from megatron_ttt.training.distributed import Ranks, distributed
+
+
+def reading_config(folder: MegatronFolder, *, tp: int) -> Config:
+    """The configuration that reads a checkpoint: its model, our torch attention, no SP, CP or PP.
+
+    Raises:
+        ConfigError: the folder does not say which model it holds.
+    """
+    model, ttt = described_model(folder)
+    model.attention = AttentionBackend.torch
+    return Config(
+        run=RunConfig(name=model.name, dir="unused", resume="never"),
+        model=model,
+        ttt=ttt,
+        data=DataConfig(),
+        parallel=ParallelConfig(tp=tp, sequence_parallel=Toggle.off),
+        train=TrainConfig(seq_length=model.max_positions),
+    )
+
+
+def tokenizer_name(folder: MegatronFolder) -> str | None:
+    """The tokenizer that belongs to a checkpoint, as far as it says."""
+    named = folder.facts.get("config", {}).get("data", {}).get("tokenizer", {})
+    if named.get("kind") == "bytes":
+        return "bytes"
+    found = origin(folder)
+    return named.get("name") if found is None else str(found)
+
+
+@contextmanager
+def megatron_backend(
+    path: Path, *, tp: int = 1, fast_weights: bool = True
+) -> Iterator[MegatronBackend]:
+    """Load a checkpoint folder on every rank of the job.
+
+    Args:
+        path: an imported checkpoint, or a run's ``checkpoints/step_...``.
+        tp: tensor-parallel ranks; the job has as many.
+        fast_weights: False reads the same checkpoint without them.
+
+    Raises:
+        UnfitModel: the folder cannot be loaded.
+    """
+    try:
+        folder = MegatronFolder(path)
+        config = reading_config(folder, tp=tp)
+        tokenizer = tokenizer_name(folder)
+    except ConfigError as error:
+        raise UnfitModel(str(error).splitlines()[0]) from error
+    with distributed(config) as ranks:
+        transformer = transformer_config(config, device_is_cuda=ranks.device.type == "cuda")
+        model = build_model(config, transformer, ranks.groups).to(ranks.device).eval()
+        try:
+            load_model(path, model, ranks=ranks)
+        except UnfitCheckpoint as error:
+            raise UnfitModel(str(error)) from error
+        mode = config.ttt.mode if fast_weights else TTTMode.off
+        yield MegatronBackend(model, config, ranks, mode=mode, tokenizer=tokenizer)
+
+
+class MegatronBackend:
+    """See ``backend.Backend``. Each tensor-parallel rank has a state file of its own."""
+
+    def __init__(
+        self,
+        model: InPlaceTTTModel,
+        config: Config,
+        ranks: Ranks,
+        *,
+        mode: TTTMode,
+        tokenizer: str | None,
+    ) -> None:
+        self.model, self.config, self.ranks, self.mode = model, config, ranks, mode
+        self.device = ranks.device
+        self.speaks = ranks.is_first
+        self.vocab_size = config.model.vocab_size
+        self.max_positions = config.model.max_positions
+        self.stop_tokens: frozenset[int] = frozenset()  # the tokenizer's end of document
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def identity(self) -> Identity:
+        """
+        Raises:
+            StateFileError: there are no fast weights to save or load.
+        """
+        fast = self.new_reader(1).fast_weights
+        if not fast:
+            raise StateFileError("a session or memory holds fast weights, and they are off here")
+        tp = self.ranks.groups.tp
+        return identity_of(
+            update_rule(self.config),
+            layers=fast,
+            target=self.config.ttt.target.value,
+            weights=self.model.named_parameters(),
+            layout=f"tensor rank {tp.rank()} of {tp.size()}",
+        )
+
+    def own_file(self, path: Path) -> Path:
+        """The file of this tensor-parallel rank; ``path`` itself without tensor parallelism."""
+        tp = self.ranks.groups.tp
+        return path if tp.size() == 1 else path.with_name(f"{path.name}.tp{tp.rank()}")
+
+    def new_reader(self, batch: int) -> ModelSession:
+        """See ``Backend``, as for the methods below."""
+        return ModelSession(
+            self.model,
+            self.config,
+            self.ranks.groups,
+            batch=batch,
+            device=self.device,
+            mode=self.mode,
+        )
+
+    def save_session(self, path: Path, reader: ModelSession, turn: Turn) -> None:
+        tensors, about = pack_states(reader.fast_weights)
+        for layer, cache in reader.attention.items():
+            held = cache.held()
+            if held is not None:
+                tensors[f"attention.{layer}.keys"] = held[0]
+                tensors[f"attention.{layer}.values"] = held[1]
+        tensors |= {f"extra.{name}": tensor for name, tensor in turn.tensors().items()}
+        about |= {"row_places": reader.places, "extra": turn.extra()}
+        save_state(self.own_file(path), StateKind.SESSION, self.identity, tensors, about)
+
+    def has_session(self, path: Path) -> bool:
+        return self.own_file(path).exists()
+
+    def load_session(self, path: Path) -> tuple[ModelSession, Turn]:
+        own = self.own_file(path)
+        file = load_state(own, StateKind.SESSION, self.identity)
+        try:
+            reader = self._restored(file)
+            tensors = {"generator": file.tensors["extra.generator"]}
+            return reader, Turn.restored(tensors, file.extra["extra"], own)
+        except (KeyError, TypeError, AssertionError) as error:
+            raise StateFileError(f"{own}: the session is incomplete: {error!r}") from error
+
+    def save_memory(self, path: Path, reader: ModelSession, rest: Unfinished) -> None:
+        if rest is Unfinished.FLUSH:
+            reader.flush()
+        packed = pack_memory(reader.fast_weights)
+        save_state(self.own_file(path), StateKind.MEMORY, self.identity, packed)
+
+    def load_memory(self, path: Path, batch: int) -> ModelSession:
+        own = self.own_file(path)
+        file = load_state(own, StateKind.MEMORY, self.identity)
+        reader = self.new_reader(batch)
+        reader.fast_weights = unpack_states(file, update_rule(self.config), device=self.device)
+        for state in reader.fast_weights.values():
+            if state.batch not in (1, batch):
+                raise StateFileError(f"{own}: holds {state.batch} rows, not 1 or {batch}")
+            state.select([0] * batch if state.batch == 1 else range(batch))
+        return reader
+
+    def _restored(self, file: StateFile) -> ModelSession:
+        places = file.extra["row_places"]
+        reader = self.new_reader(len(places))
+        reader.places = list(places)
+        reader.fast_weights = unpack_states(file, update_rule(self.config), device=self.device)
+        for layer, cache in reader.attention.items():
+            held: Any = tuple(
+                file.tensors[f"attention.{layer}.{part}"].to(self.device)
+                for part in ("keys", "values")
+            )
+            cache.restore(places, held)
+        return reader

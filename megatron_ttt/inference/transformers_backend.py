@@ -1,0 +1,113 @@
+"""Exported checkpoints, and plain ones, through the ``transformers`` classes."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_ttt.hf import LlamaTTTForCausalLM, Qwen3TTTForCausalLM
+from megatron_ttt.hf.reader import TransformersReader
+from megatron_ttt.hf.sessions import (
+    load_memory,
+    load_session,
+    model_identity,
+    save_memory,
+    save_session,
+)
+from megatron_ttt.inference.backend import Turn, UnfitModel
+from megatron_ttt.inference.fast_weight_state import Unfinished
+from megatron_ttt.inference.state_files import Identity, StateFileError
+
+# Checkpoints of the published reference implementation keep the plain model's type.
+_PUBLISHED: dict[str, Any] = {"qwen3": Qwen3TTTForCausalLM, "llama": LlamaTTTForCausalLM}
+
+
+class TransformersBackend:
+    """See ``backend.Backend``."""
+
+    speaks = True
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        fast_weights: bool = True,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | None = None,
+    ) -> None:
+        """
+        Args:
+            folder: with ``config.json`` and safetensors.
+            fast_weights: False reads the same checkpoint without them.
+            dtype: of weights and activations; "auto": as stored.
+            device: None: a GPU where there is one.
+
+        Raises:
+            UnfitModel: the folder cannot be loaded.
+        """
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            published = any(key.startswith("ttt_") for key in config)
+            kind = _PUBLISHED.get(config.get("model_type")) if published else None
+            model = (kind or AutoModelForCausalLM).from_pretrained(folder, dtype=dtype)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UnfitModel(f"{folder}: cannot be loaded: {reason}") from error
+        self.model: Any = model.to(self.device).eval()
+        self.fast_weights = fast_weights and bool(getattr(model.config, "ttt_mode", False))
+        if hasattr(model.config, "ttt_mode"):
+            model.config.ttt_mode = self.fast_weights
+        self.vocab_size: int = model.config.vocab_size
+        self.max_positions: int = model.config.max_position_embeddings
+        stop = model.generation_config.eos_token_id
+        self.stop_tokens = frozenset([stop] if isinstance(stop, int) else stop or [])
+        self.tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
+
+    @cached_property
+    def identity(self) -> Identity:
+        """
+        Raises:
+            StateFileError: there are no fast weights to save or load.
+        """
+        if not self.fast_weights:
+            raise StateFileError("a session or memory holds fast weights, and they are off here")
+        return model_identity(self.model)
+
+    def new_reader(self, batch: int) -> TransformersReader:
+        """See ``Backend``, as for the methods below."""
+        return TransformersReader(self.model, batch=batch)
+
+    def save_session(self, path: Path, reader: TransformersReader, turn: Turn) -> None:
+        save_session(
+            path,
+            reader.cache,
+            self.identity,
+            tensors={**turn.tensors(), "mask": reader.mask_BP},
+            extra={**turn.extra(), "places": reader.places},
+        )
+
+    def has_session(self, path: Path) -> bool:
+        return path.exists()
+
+    def load_session(self, path: Path) -> tuple[TransformersReader, Turn]:
+        cache, tensors, extra = load_session(path, self.model, self.identity)
+        turn = Turn.restored(tensors, extra, path)
+        reader = TransformersReader(self.model, batch=len(turn.unread), cache=cache)
+        try:
+            reader.mask_BP, reader.places = tensors["mask"], list(extra["places"])
+        except KeyError as error:
+            raise StateFileError(f"{path}: the session is incomplete: {error!r}") from error
+        return reader, turn
+
+    def save_memory(self, path: Path, reader: TransformersReader, rest: Unfinished) -> None:
+        save_memory(path, self.model, reader.cache, self.identity, rest=rest)
+
+    def load_memory(self, path: Path, batch: int) -> TransformersReader:
+        cache = load_memory(path, self.model, self.identity, batch=batch)
+        return TransformersReader(self.model, batch=batch, cache=cache)

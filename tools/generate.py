@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Generates text with an exported or a Megatron checkpoint, with fast weights or without.
+
+python tools/generate.py exported --prompt "Once upon a time" --max-new-tokens 64
+python tools/generate.py exported --prompt "Once upon a time" ttt=off
+python tools/generate.py exported --read book.txt --max-new-tokens 0 --save-memory book.memory
+python tools/generate.py exported --memory book.memory --prompt "Who is the captain?"
+python tools/generate.py exported --session talk.session --prompt "And then?"
+torchrun --nproc-per-node 2 tools/generate.py checkpoints/qwen3_4b parallel.tp=2 --prompt "Hello"
+
+Text goes to standard output as it is generated, everything else to standard error.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from megatron_ttt.inference.backend import Backend
+    from megatron_ttt.inference.generation import Generated
+
+DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class Mistake(ValueError):
+    """Something the user can put right; the message is one line."""
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A mistake in the arguments takes one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+@dataclass
+class Overrides:
+    """The few configuration keys that mean something here."""
+
+    fast_weights: bool = True
+    tp: int = 1
+
+
+def parser() -> OneLineParser:
+    made = OneLineParser(
+        prog="generate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("model", type=Path, help="folder of an exported model or of a Megatron checkpoint")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="ttt=off, parallel.tp=N")
+    add("--prompt", action="append", metavar="TEXT", help="repeat it for a batch of rows")
+    add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
+    add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
+    add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
+    add("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
+    add("--top-k", type=int, metavar="K")
+    add("--top-p", type=float, metavar="P")
+    add("--seed", type=int, default=1234)
+    add("--stop-token", type=int, action="append", metavar="ID", help="default: the model's")
+    add("--session", type=Path, metavar="FILE", help="continue it if it exists; save it at the end")
+    add("--memory", type=Path, metavar="FILE", help="start with the fast weights of a memory")
+    add("--save-memory", type=Path, metavar="FILE", help="save the fast weights at the end")
+    add("--rest", choices=["flush", "drop"], default="flush", help="the memory's unfinished chunk")
+    add("--beyond-positions", choices=["refuse", "allow"], default="refuse")
+    add("--dtype", choices=DTYPES, default="auto", help="of an exported model")
+    add("--device", metavar="NAME", help="of an exported model (default: a GPU if there is one)")
+    return made
+
+
+def parse_overrides(words: list[str]) -> Overrides:
+    """
+    Raises:
+        Mistake: a key or value that means nothing here.
+    """
+    found = Overrides()
+    for word in words:
+        key, _, value = word.partition("=")
+        if key in ("ttt", "ttt.mode") and value in ("off", "in_place"):
+            found.fast_weights = value == "in_place"
+        elif key == "parallel.tp" and value.isdigit() and int(value) > 0:
+            found.tp = int(value)
+        else:
+            raise Mistake(f"{word}: valid are ttt=off, ttt=in_place and parallel.tp=N")
+    return found
+
+
+@contextmanager
+def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[Backend[Any]]":
+    """
+    Raises:
+        Mistake: the folder holds no model, or the ranks do not fit.
+    """
+    folder: Path = options.model
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if (folder / "metadata.json").is_file():
+        if ranks != overrides.tp:
+            raise Mistake(
+                f"parallel.tp={overrides.tp}: the job has {ranks} ranks, one is needed each"
+            )
+        from megatron_ttt.training.quiet import quiet_libraries
+
+        quiet_libraries()
+        from megatron_ttt.inference.megatron_backend import megatron_backend
+
+        with megatron_backend(
+            folder, tp=overrides.tp, fast_weights=overrides.fast_weights
+        ) as backend:
+            yield backend
+    elif (folder / "config.json").is_file():
+        if ranks != 1 or overrides.tp != 1:
+            raise Mistake("an exported model is read by one process; tp reads Megatron checkpoints")
+        import torch
+
+        from megatron_ttt.inference.transformers_backend import TransformersBackend
+
+        name = DTYPES[options.dtype]
+        yield TransformersBackend(
+            folder,
+            fast_weights=overrides.fast_weights,
+            dtype=name if name == "auto" else getattr(torch, name),
+            device=torch.device(options.device) if options.device else None,
+        )
+    else:
+        raise Mistake(f"{folder}: neither config.json nor metadata.json: this is no model's folder")
+
+
+def tokenizer_of(options: argparse.Namespace, backend: "Backend[Any]") -> Tokenizer:
+    """
+    Raises:
+        ValueError: there is none, or it cannot be loaded; one line.
+    """
+    name = options.tokenizer or backend.tokenizer
+    if name is None:
+        raise Mistake(f"{options.model}: has no tokenizer: give --tokenizer")
+    return load_tokenizer("bytes") if name == "bytes" else load_tokenizer("huggingface", name)
+
+
+def prompts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each row's new text.
+
+    Raises:
+        Mistake: a file that cannot be read.
+    """
+    texts = list(options.prompt or [])
+    if options.prompt_file is not None:
+        texts.append(_text(options.prompt_file))
+    before = _text(options.read) if options.read is not None else ""
+    return [tokenizer.encode(before + text) for text in texts or [""]]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake(f"{path}: cannot be read: {error}") from error
+
+
+class Printer:
+    """Streams one row's text; several rows are printed whole at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, *, rows: int, speaks: bool) -> None:
+        self.tokenizer, self.rows, self.speaks = tokenizer, rows, speaks
+        self.ids: list[int] = []
+        self.shown = ""
+
+    def on_tokens(self, tokens: list[int | None]) -> None:
+        if self.rows > 1 or not self.speaks or tokens[0] is None:
+            return
+        self.ids.append(tokens[0])
+        text = self.tokenizer.decode(self.ids)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return  # half of a character: wait for its other bytes
+        print(text.removeprefix(self.shown), end="", flush=True)
+        self.shown = text
+
+    def finish(self, result: "Generated") -> None:
+        if not self.speaks:
+            return
+        if self.rows == 1:
+            print(self.tokenizer.decode(self.ids).removeprefix(self.shown), flush=True)
+        else:
+            for row, ids in enumerate(result.tokens):
+                print(f"--- {row}\n{self.tokenizer.decode(ids)}")
+        fed = sum(len(ids) for ids in result.tokens) - self.rows
+        speed = f"{fed / result.decode_seconds:.1f} tokens/s" if fed > 0 else "no step"
+        print(
+            f"read {result.prompt_tokens} tokens at "
+            f"{result.prompt_tokens / result.prompt_seconds:.1f} tokens/s, generated "
+            f"{sum(len(ids) for ids in result.tokens)} at {speed}",
+            file=sys.stderr,
+        )
+
+
+def check_positions(options: argparse.Namespace, backend: "Backend[Any]", last: int) -> None:
+    """
+    Raises:
+        Mistake: positions that the model was not made for, and nobody said they may be used.
+    """
+    if options.beyond_positions == "refuse" and last > backend.max_positions:
+        raise Mistake(
+            f"{last} tokens with the new ones, but the model has {backend.max_positions} positions "
+            "(--beyond-positions=allow reads on regardless)"
+        )
+
+
+def run(options: argparse.Namespace, backend: "Backend[Any]") -> None:
+    """Read, generate, save.
+
+    Raises:
+        ValueError: with one line for the user.
+    """
+    from megatron_ttt.inference.backend import Turn
+    from megatron_ttt.inference.fast_weight_state import Unfinished
+    from megatron_ttt.inference.generation import generate
+    from megatron_ttt.inference.sampling import Sampler, Sampling
+
+    tokenizer = tokenizer_of(options, backend)
+    sampler = Sampler(Sampling(options.temperature, options.top_k, options.top_p, options.seed))
+    rows = prompts_of(options, tokenizer)
+    if options.session is not None and backend.has_session(options.session):
+        if options.memory is not None:
+            raise Mistake("--session and --memory: a session that exists has its own fast weights")
+        reader, turn = backend.load_session(options.session)
+        if len(turn.unread) != len(rows):
+            raise Mistake(f"{options.session}: has {len(turn.unread)} rows, not {len(rows)}")
+        sampler.generator.set_state(turn.generator)
+        rows = [unread + row for unread, row in zip(turn.unread, rows, strict=True)]
+    elif options.memory is not None:
+        reader = backend.load_memory(options.memory, len(rows))
+    else:
+        reader = backend.new_reader(len(rows))
+    if any(not row for row in rows):
+        raise Mistake("the prompt is empty: give --prompt, --prompt-file or --read")
+    largest = max(max(row) for row in rows)
+    if largest >= backend.vocab_size:
+        raise Mistake(f"the tokenizer gives id {largest}, the model has {backend.vocab_size}")
+    longest = max(place + len(row) for place, row in zip(reader.places, rows, strict=True))
+    check_positions(options, backend, longest + options.max_new_tokens)
+    stop = frozenset(options.stop_token or []) or backend.stop_tokens or {tokenizer.eod}
+    printer = Printer(tokenizer, rows=len(rows), speaks=backend.speaks)
+    result = generate(
+        reader,
+        rows,
+        sampler=sampler,
+        max_new_tokens=options.max_new_tokens,
+        stop_tokens=stop,
+        on_tokens=printer.on_tokens,
+    )
+    printer.finish(result)
+    if options.session is not None:
+        backend.save_session(options.session, reader, Turn.after(result.unread, sampler))
+    if options.save_memory is not None:
+        backend.save_memory(options.save_memory, reader, Unfinished(options.rest))
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status: 0, or 2 for a mistake, which takes one line."""
+    options = parser().parse_intermixed_args(arguments)
+    try:
+        if options.max_new_tokens < 0:
+            raise Mistake(f"--max-new-tokens {options.max_new_tokens}: is below 0")
+        with backend_of(options, parse_overrides(options.overrides)) as backend:
+            run(options, backend)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
