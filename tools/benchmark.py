@@ -97,6 +97,45 @@ def run_checkpoint(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_conversion(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """A synthetic checkpoint of real shapes to Megatron and back."""
+    parser = commands.add_parser(
+        "conversion", help="a random checkpoint of real shapes, both ways, time and peak memory"
+    )
+    add = parser.add_argument
+    add("--model", default="qwen3_4b", help="of configs/model (default: qwen3_4b)")
+    add(
+        "--folder",
+        type=Path,
+        default=Path("outputs/benchmark_conversion"),
+        help="for three times the checkpoint's size; must not exist, is removed afterwards",
+    )
+    add("--verify", action="store_true", help="also an import with --verify")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_conversion)
+
+
+def run_conversion(arguments: argparse.Namespace) -> int:
+    """Measures and prints; 1 if a conversion fails."""
+    from megatron_ttt.benchmarks import conversion as benchmark
+    from megatron_ttt.config.load import load_config
+
+    model = load_config([f"+model={arguments.model}", "run.dry_run=true"]).model
+    if arguments.folder.exists():
+        raise ValueError(f"{arguments.folder} exists")
+    program = [sys.executable, str(Path(__file__).with_name("convert_checkpoint.py"))]
+    try:
+        size, rows = benchmark.measure(model, program, arguments.folder, verify=arguments.verify)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    benchmark.report(model, size, rows, Console())
+    if arguments.json:
+        record = benchmark.as_record(model, size, rows)
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
     parser = OneLineParser(
@@ -105,6 +144,7 @@ def main(argv: list[str]) -> int:
     commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
     add_fast_weight_layer(commands)
     add_checkpoint(commands)
+    add_conversion(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)

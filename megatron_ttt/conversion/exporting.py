@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -192,7 +193,8 @@ def export_checkpoint(
         for file, pieces in shards.items():
             if file not in folder.done:
                 with (folder.path / file).open("wb") as stream:
-                    _write_shard(stream, view, pieces, report, block_bytes)
+                    blocks = partial(view.blocks, limit=block_bytes)
+                    write_shard(stream, pieces, blocks, report)
                 folder.finish(file)
             else:
                 for piece in pieces:
@@ -226,10 +228,20 @@ def shards_of(pieces: list[Piece], limit: int) -> dict[str, list[Piece]]:
     }
 
 
-def _write_shard(
-    stream: BinaryIO, view: HFView, pieces: list[Piece], report: Report, block_bytes: int
+def write_shard(
+    stream: BinaryIO,
+    pieces: list[Piece],
+    blocks: Callable[[Piece], Iterator[Tensor]],
+    report: Report,
 ) -> None:
-    """The safetensors format: length of the header, header, then the bytes of each tensor."""
+    """The safetensors format: length of the header, header, then the bytes of each tensor.
+
+    Args:
+        stream: an empty file.
+        pieces: its tensors.
+        blocks: gives a tensor's rows in order.
+        report: called with (tensor, its bytes) after each.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for piece in pieces:
@@ -244,7 +256,7 @@ def _write_shard(
     text += b" " * (-len(text) % 8)  # tensors start at multiples of 8
     stream.write(len(text).to_bytes(8, "little") + text)
     for piece in pieces:
-        for rows in view.blocks(piece, block_bytes):
+        for rows in blocks(piece):
             stream.write(rows.reshape(-1).view(torch.uint8).numpy().data)
         report(piece.name, piece.bytes)
 
