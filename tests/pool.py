@@ -26,6 +26,9 @@ from typing import Any
 START_SECONDS = 120.0  # a loaded machine imports torch slowly
 JOIN_SECONDS = 20.0  # the ranks of one world size find each other
 GRACE_SECONDS = 2.0  # after the first failure the other ranks may still report theirs
+# A run of Megatron leaves its process groups behind, two threads each: its DDP and the autograd
+# nodes it hooks hold each other through C++, where Python's collector cannot see it.
+MOST_THREADS = 500
 
 
 class RankDied(RuntimeError):
@@ -126,6 +129,8 @@ class RankPool:
             self._kill()
         elif any(outcome.status is Status.RAISED for outcome in outcomes):
             self._joined = 0  # messages may be left in the old group
+        if any(member.threads > MOST_THREADS for member in self._members):
+            self._kill()
         return outcomes
 
     def _prepare(self, ranks: int) -> None:
@@ -171,6 +176,12 @@ class _Member:
         self.process = self.context.Process(target=_serve, args=(remote,), daemon=True)
         self.process.start()
         remote.close()
+
+    @property
+    def threads(self) -> int:
+        """Threads of the process; 0 where the system does not tell or it has ended."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
     def send(self, job: _Job) -> None:
         try:

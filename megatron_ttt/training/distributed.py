@@ -88,6 +88,10 @@ def model_parallel(config: Config) -> Iterator[Ranks]:
             device=device,
         )
     finally:
+        # Megatron destroys two of its groups and forgets the others, which keep their threads.
+        for group in parallel_state._global_process_group_list or []:
+            if group is not None:  # the list's None stands for the whole world
+                dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
 
 

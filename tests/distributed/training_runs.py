@@ -90,7 +90,7 @@ def tiny_config(
             seed=5,
             seq_length=128,
             micro_batch_size=2,
-            global_batch_size=8,
+            global_batch_size=4,
             recompute=recompute,
             recompute_modules=list(recompute_modules),
         ),
