@@ -9,6 +9,7 @@ import hashlib
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Found | N
         try:
             return verified(folder, ranks)
         except DamagedCheckpoint as error:
-            aside = on_first_rank(ranks, lambda folder=folder: files.set_aside(folder))
+            aside = on_first_rank(ranks, partial(files.set_aside, folder))
             report(f"damaged checkpoint: {error}; kept as {aside.name}")
     damaged = on_first_rank(ranks, lambda: len(list(root.glob(f"step_*{files.DAMAGED}*"))))
     if damaged:

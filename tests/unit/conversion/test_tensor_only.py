@@ -35,7 +35,10 @@ def load(folder: Path, state: dict[str, Any]) -> None:
 def test_an_honest_checkpoint_is_read(tmp_path: Path) -> None:
     saved = torch.arange(6.0).reshape(2, 3).to(torch.bfloat16)
     save(tmp_path, {"weight": saved, "facts": {"step": 3, "rates": [0.1, None]}})
-    state: dict[str, Any] = {"weight": torch.zeros_like(saved), "facts": {"step": 0, "rates": [0.0, 0.0]}}
+    state: dict[str, Any] = {
+        "weight": torch.zeros_like(saved),
+        "facts": {"step": 0, "rates": [0.0, 0.0]},
+    }
     with tensor_only():
         load(tmp_path, state)
     assert torch.equal(state["weight"], saved)
