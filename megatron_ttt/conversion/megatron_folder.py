@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.conversion.hf_folder import damaged, read_json
 from megatron_ttt.conversion.tensor_only import tensor_only
-from megatron_ttt.conversion.work_folder import WorkFolder
+from megatron_ttt.conversion.work_folder import WorkFolder, file_digest
 
 BLOCK_BYTES = 64 << 20
 METADATA = ".metadata"
@@ -190,8 +190,12 @@ class MegatronFolder:
         if backend != "torch_dist":
             raise ConfigError([Fault("checkpoint", path, f"is of the format {backend}")])
         self.facts: dict[str, Any] = {}
+        self._unchecked: dict[str, str] = {}  # checksums of files that nobody has read yet
         if (path / MANIFEST).exists():
-            self.facts = read_json(path / MANIFEST).get("facts", {})
+            manifest = read_json(path / MANIFEST)
+            self.facts = manifest.get("facts", {})
+            files = manifest.get("files", {})
+            self._unchecked = {name: record["sha256"] for name, record in files.items()}
         self.tensors = self._read_metadata()
         self._cached: tuple[Block, Tensor] | None = None
 
@@ -228,6 +232,7 @@ class MegatronFolder:
         self._cached = None  # before the next is read: never two at once
         path = self.path / block.file
         try:
+            self._check(block.file)
             with path.open("rb") as file:
                 loaded = torch.load(
                     FileSlice(file, block.position, block.length),  # type: ignore[arg-type]
@@ -240,6 +245,12 @@ class MegatronFolder:
             raise damaged(path, ValueError(f"expected a tensor {block.sizes}"))
         self._cached = (block, loaded)
         return loaded
+
+    def _check(self, file: str) -> None:
+        """Compare a file with its checksum, when it is first read."""
+        expected = self._unchecked.pop(file, None)
+        if expected is not None and file_digest(self.path / file) != expected:
+            raise ValueError("it does not match its checksum")
 
     def _read_metadata(self) -> dict[str, SavedTensor]:
         path = self.path / METADATA

@@ -56,7 +56,7 @@ class WorkFolder:
     def finish(self, name: str, **notes: Any) -> None:
         """Record a file as complete: synced, measured, checksummed."""
         path = self.path / name
-        entry = {"file": name, "bytes": path.stat().st_size, "sha256": _digest(path), **notes}
+        entry = {"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path), **notes}
         self._note(entry)
         self.done[name] = entry
 
@@ -122,7 +122,8 @@ def writing(path: Path) -> Iterator[None]:
         raise ConfigError([Fault("destination", path, message)]) from error
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, which is on the disk when this returns."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         os.fsync(file.fileno())
