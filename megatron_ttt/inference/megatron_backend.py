@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -90,6 +91,8 @@ def megatron_backend(
         tokenizer = tokenizer_name(folder)
     except ConfigError as error:
         raise UnfitModel(str(error).splitlines()[0]) from error
+    # Advice about overlapping the reduction of gradients; reading has none.
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
     with distributed(config) as ranks:
         transformer = transformer_config(config, device_is_cuda=ranks.device.type == "cuda")
         model = build_model(config, transformer, ranks.groups).to(ranks.device).eval()

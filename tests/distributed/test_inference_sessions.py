@@ -1,0 +1,177 @@
+"""Sessions and memories of Megatron models on tensor-parallel ranks; the tool on an import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ttt.config.schema import Config, Toggle
+from megatron_ttt.config.to_megatron import transformer_config
+from megatron_ttt.inference.backend import Turn
+from megatron_ttt.inference.fast_weight_state import Unfinished
+from megatron_ttt.inference.generation import generate
+from megatron_ttt.inference.megatron_backend import MegatronBackend
+from megatron_ttt.inference.model_session import LogitsOf, ModelSession
+from megatron_ttt.inference.sampling import Sampler, Sampling
+from megatron_ttt.inference.state_files import StateFileError
+from megatron_ttt.model.build import build_model
+from megatron_ttt.model.initialize import initialize
+from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.training.distributed import Ranks, model_parallel
+from tests.distributed.training_runs import VOCABULARY, live_draw, tiny_config
+from tests.pool import RankPool
+
+ROOT = Path(__file__).resolve().parents[2]
+CHUNK = 8
+NEW = 2 * CHUNK + 3
+PROMPTS = [list(range(1, 3 * CHUNK + 6)), [5, 9, 2]]
+
+
+def backend_of(config: Config, here: Ranks) -> MegatronBackend:
+    transformer = transformer_config(config, device_is_cuda=False)
+    model = build_model(config, transformer, here.groups).eval()
+    tp = here.groups.tp
+    initialize(
+        model,
+        seed=config.train.seed,
+        vocab_size=VOCABULARY,
+        tp_rank=tp.rank(),
+        tp_size=tp.size(),
+        draw=live_draw,
+    )
+    return MegatronBackend(model, config, here, mode=config.ttt.mode, tokenizer=None)
+
+
+def sampler() -> Sampler:
+    return Sampler(Sampling(temperature=0.8, top_k=20, seed=7))
+
+
+def tell(rank: int, ranks: int, config: Config, folder: Path) -> dict[str, Any]:
+    """Straight generation, the same in two sessions, and what a memory makes of a question."""
+    with megatron_on_cpu(), model_parallel(config) as here:
+        backend = backend_of(config, here)
+        straight = generate(backend.new_reader(2), PROMPTS, sampler=sampler(), max_new_tokens=NEW)
+        reader, drawn = backend.new_reader(2), sampler()
+        first = generate(reader, PROMPTS, sampler=drawn, max_new_tokens=7)
+        backend.save_session(folder / "talk", reader, Turn.after(first.unread, drawn))
+
+        again = backend_of(config, here)
+        reader, turn = again.load_session(folder / "talk")
+        drawn = Sampler(Sampling(temperature=0.8, top_k=20, seed=99))
+        drawn.generator.set_state(turn.generator)
+        rest = generate(reader, turn.unread, sampler=drawn, max_new_tokens=NEW - 7)
+
+        book = backend.new_reader(1)
+        book.read_last([PROMPTS[0]])
+        backend.save_memory(folder / "book", book, Unfinished.FLUSH)
+        remembering = again.load_memory(folder / "book", 1)
+        return {
+            "straight": straight.tokens,
+            "in two": [one + two for one, two in zip(first.tokens, rest.tokens, strict=True)],
+            "with memory": question(remembering),
+            "by hand": question(by_hand(backend, book)),
+            "without": question(backend.new_reader(1)),
+        }
+
+
+def question(reader: ModelSession) -> Tensor:
+    return reader.read([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3]], logits=LogitsOf.ALL)[0, :, :VOCABULARY]
+
+
+def by_hand(backend: MegatronBackend, book: ModelSession) -> ModelSession:
+    """A fresh context under the states that a book left behind."""
+    fresh = backend.new_reader(1)
+    for layer, state in fresh.fast_weights.items():
+        left = book.fast_weights[layer].state_BDF
+        state.restore(places=[0], pending=[0], state_BDF=left, unfinished=None)
+    return fresh
+
+
+def test_sessions_and_memories(pool: RankPool, tmp_path: Path) -> None:
+    reports = {}
+    for tp in (1, 2):
+        config = tiny_config(tp=tp, sequence_parallel=Toggle.off, packed=False, eta=0.01)
+        folder = tmp_path / str(tp)
+        reports[tp] = pool.run(tell, config, folder, ranks=tp)
+        for report in reports[tp]:
+            assert report["straight"] == report["in two"]
+            assert torch.equal(report["with memory"], report["by hand"])
+            largest = report["without"].abs().max()
+            assert float((report["with memory"] - report["without"]).abs().max()) > 1e-3 * largest
+    one, two = reports[1][0], reports[2][0]
+    assert one["straight"] == two["straight"]
+    largest = one["with memory"].abs().max()
+    assert float((one["with memory"] - two["with memory"]).abs().max()) < 1e-4 * largest
+    assert sorted(file.name for file in (tmp_path / "2").iterdir()) == [
+        "book.tp0", "book.tp1", "talk.tp0", "talk.tp1",
+    ]  # fmt: skip
+
+
+def refuse(rank: int, ranks: int, config: Config, folder: Path) -> list[str]:
+    """What loading says when something is not as it was."""
+    said = []
+    with megatron_on_cpu(), model_parallel(config) as here:
+        backend = backend_of(config, here)
+        reader = backend.new_reader(1)
+        reader.read_last([PROMPTS[0]])
+        backend.save_session(folder / "talk", reader, Turn.after([[1]], sampler()))
+        with torch.no_grad():
+            backend.model.decoder.layers[1].mlp.linear_fc1.weight[0, 0] += 1
+        config.ttt.eta *= 2
+        with pytest.raises(StateFileError) as error:
+            backend_of(config, here).load_session(folder / "talk")
+        said.append(str(error.value))
+        backend.identity = backend_of(config, here).identity
+        with pytest.raises(StateFileError) as error:
+            backend.load_memory(folder / "talk", 1)
+        said.append(str(error.value))
+    for axis in ("cp", "pp"):
+        split = tiny_config(**{axis: 2}, sequence_parallel=Toggle.off)
+        with megatron_on_cpu(), model_parallel(split) as here:
+            with pytest.raises(ValueError) as fault:
+                backend_of(split, here).new_reader(1)
+            said.append(str(fault.value))
+    return said
+
+
+def test_refusals(pool: RankPool, tmp_path: Path) -> None:
+    config = tiny_config(tp=2, sequence_parallel=Toggle.off, packed=False, eta=0.01)
+    for said in pool.run(refuse, config, tmp_path, ranks=2):
+        assert "belongs to another model" in said[0] and "eta 0.01, here 0.02" in said[0]
+        assert "a session, where a memory is needed" in said[1]
+        assert "needs cp=1" in said[2] and "needs pp=1" in said[3]
+
+
+def test_the_tool_reads_imported_checkpoints(tmp_path: Path) -> None:
+    """An exported model and its import say the same."""
+    from tests.unit.hf.models import live_model
+
+    live_model(dtype=torch.float32, vocab_size=258).save_pretrained(tmp_path / "exported")
+
+    def run(*words: str) -> str:
+        result = subprocess.run(
+            [sys.executable, *words],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
+    run("tools/convert_checkpoint.py", "import", exported, imported)
+    options = ("--tokenizer", "bytes", "--max-new-tokens", "20", "--prompt", "A long enough prompt")
+    texts = [
+        run("tools/generate.py", model, *options, "--prompt", "b", *more)
+        for model, more in ((exported, ()), (imported, ()), (imported, ("ttt=off",)))
+    ]
+    assert texts[0] == texts[1] != texts[2]
