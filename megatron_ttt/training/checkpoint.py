@@ -6,10 +6,12 @@ is told in ``checkpoint_saver.py``, what lies there in ``checkpoint_files.py``.
 """
 
 import hashlib
+import inspect
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,13 @@ def layout(ranks: Ranks) -> dict[str, int]:
 
 def _read(wanted: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
     """Fill in the wanted tensors; ranks with equal shares read each part once and pass it on."""
+    older = "common_strategy" in inspect.signature(dist_checkpointing.load).parameters
+    if older and not (folder / "common.pt").is_file():
+        own = version("megatron-core")
+        raise UnfitCheckpoint(
+            f"{folder}: has no common.pt: saved by a newer megatron-core than {own}, "
+            "which cannot read it (the other way round works)"
+        )
     strategy = get_default_load_sharded_strategy(str(folder))
     if ranks.groups.dp_cp.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp)
