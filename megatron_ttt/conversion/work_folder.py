@@ -56,6 +56,8 @@ class WorkFolder:
     def finish(self, name: str, **notes: Any) -> None:
         """Record a file as complete: synced, measured, checksummed."""
         path = self.path / name
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
         entry = {"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path), **notes}
         self._note(entry)
         self.done[name] = entry
@@ -123,10 +125,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, which is on the disk when this returns."""
+    """SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        os.fsync(file.fileno())
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()

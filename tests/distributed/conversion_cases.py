@@ -173,12 +173,13 @@ def megatron_logits(
             metadata = {**CONTENT, "dp_cp_group": groups.dp_cp}
             wanted = {"model": model.sharded_state_dict(metadata=metadata)}
             model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
-        return forward_logits(model, config, here)
+        return forward_logits(model, config, here, random_tokens())
 
 
-def forward_logits(model: Any, config: Config, here: Ranks) -> tuple[int, Tensor] | None:
+def forward_logits(
+    model: Any, config: Config, here: Ranks, tokens: Tensor
+) -> tuple[int, Tensor] | None:
     """One forward through the pipeline, without Megatron's schedule."""
-    tokens = random_tokens()
     chunk_size = config.ttt.chunk_size if ttt_layers(config) else None
     layout = plain_rows(
         batch=len(tokens), length=LENGTH, chunk_size=chunk_size, decay=config.ttt.decay

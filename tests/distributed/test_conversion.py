@@ -55,7 +55,7 @@ def test_plain_models_agree_with_transformers(case: Case, tmp_path: Path, pool: 
     for tp, pp in LAYOUTS:
         config = run_config(view.model, FAST, tp=tp, pp=pp)
         for folder, from_hf in ((tmp_path / "megatron", False), (tmp_path / "hf", True)):
-            reports = pool.run(megatron_logits, config, folder, from_hf, ranks=tp * pp)
+            reports = pool.run(megatron_logits, config, folder, from_hf, ranks=tp * pp, timeout=120)
             error = relative_error(whole_logits(reports), expected)
             assert error < 1e-5, f"tp={tp} pp={pp} from_hf={from_hf}: {error:.1e}"
     folder = MegatronFolder(tmp_path / "megatron")
