@@ -38,6 +38,10 @@ class Direction(Enum):
 class PendingCarries(Protocol):
     """A scan under way."""
 
+    def provide(self, span: int, summary_BDF: Tensor) -> None:
+        """Hand in the summary of local span ``span`` as soon as it exists; not written again."""
+        ...
+
     def wait(self) -> Tensor:
         """``[S, B, D, F]``: what enters each local span, in local order; the caller may write."""
         ...
@@ -46,8 +50,14 @@ class PendingCarries(Protocol):
 class CarryExchange(Protocol):
     """Combines span summaries across ranks; it knows every span's keep and where spans lie."""
 
-    def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> PendingCarries:
-        """Begin an exclusive scan over the whole row's spans.
+    def needs_summary(self, direction: Direction) -> list[bool]:
+        """By local span: whether the scan reads its summary (nobody needs the row's last)."""
+        ...
+
+    def open(self, like_SBDF: Tensor, *, direction: Direction) -> PendingCarries:
+        """Begin an exclusive scan over the whole row's spans, before their summaries exist.
+
+        ``like_SBDF`` gives shape, dtype and device.
 
         FORWARD: from the left, ``c_{s+1} = k_s c_s + summary_s``, zero into the first span.
         REVERSE: from the right with the same keeps, ``c_{s-1} = k_s c_s + summary_s``, zero into
@@ -227,12 +237,16 @@ class _GradientSweep:
         summaries_SBDF = zero_BDF.repeat(self.call.spans, 1, 1, 1)
         if self.last_BDF is not None:
             summaries_SBDF[-1].copy_(self.last_BDF)
-        for span, chunks in enumerate(self.call.span_chunks()):
+        pending = self.call.exchange.open(summaries_SBDF, direction=Direction.REVERSE)
+        # The scan comes from the right: its spans first, so that their messages leave early. All
+        # are computed, also one that nobody waits for, since together they are dW0.
+        for span, chunks in reversed(list(enumerate(self.call.span_chunks()))):
             for chunk in reversed(chunks):
                 self._retreat(summaries_SBDF[span], chunk, self.d_weight_DF)
+            pending.provide(span, summaries_SBDF[span])
             if self.d_weight_DF is not None:
                 self.d_weight_DF += summaries_SBDF[span].sum(dim=0)
-        return self.call.exchange.start(summaries_SBDF, direction=Direction.REVERSE)
+        return pending
 
     def run(self, pending: PendingCarries | None) -> Tensor:
         """Add the written rows' gradients; return that of the state entering the first span."""
@@ -329,10 +343,14 @@ def _entering_states(
     summaries_SBDF = _zero_state(keys_BTF, weight_DF).repeat(call.spans, 1, 1, 1)
     if carry is not None:
         summaries_SBDF[0].copy_(carry)
+    pending = call.exchange.open(summaries_SBDF, direction=Direction.FORWARD)
+    needed = call.exchange.needs_summary(Direction.FORWARD)
     for span, chunks in enumerate(call.span_chunks()):
-        for chunk in chunks:
-            _write_chunk(summaries_SBDF[span], keys_BTF, targets_BTD, call.plan, chunk)
-    entering_SBDF = call.exchange.start(summaries_SBDF, direction=Direction.FORWARD).wait()
+        if needed[span]:
+            for chunk in chunks:
+                _write_chunk(summaries_SBDF[span], keys_BTF, targets_BTD, call.plan, chunk)
+            pending.provide(span, summaries_SBDF[span])  # its messages leave while the next is made
+    entering_SBDF = pending.wait()
     if carry is not None:
         entering_SBDF[0].add_(carry)
     return entering_SBDF

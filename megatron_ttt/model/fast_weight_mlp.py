@@ -41,9 +41,9 @@ from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.scale import Clip, Normalize
 from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
 from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.model.remembered_scan import RememberedScan
 from megatron_ttt.model.sequence_layout import ReadingSession, SequenceLayout
 from megatron_ttt.parallel.collectives import replicate
-from megatron_ttt.parallel.scan import SpanExchange
 
 
 @dataclass(frozen=True)
@@ -213,10 +213,16 @@ class FastWeightMLP(MLP):
             return targets
         return all_gather_last_dim_from_tensor_parallel_region(targets, group=self.tp_group)
 
-    def _exchange(self, layout: SequenceLayout) -> SpanExchange | None:
+    def _exchange(self, layout: SequenceLayout) -> RememberedScan | None:
         if layout.exchange is None:
             return None
-        return layout.exchange.for_layer(f"layer {self.layer}", observer=layout.scans.append)
+        return RememberedScan(
+            layout.exchange.for_layer(f"layer {self.layer}", observer=layout.scans.append),
+            kept=layout.carries,
+            layer=self.layer,
+            # Megatron's recomputation runs the first of two forwards without gradients.
+            will_run_again=self.training and not torch.is_grad_enabled(),
+        )
 
     def sum_over_tensor_ranks(self, sums: Tensor) -> Tensor:
         if self.tp_group.size() > 1:

@@ -77,6 +77,8 @@ class SequenceLayout(PackedSeqParams):
             model where targets come from them.
         state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
             shard of the state that enters each local chunk; filled while the layers run.
+        carries: per layer ``[S, B, H, F]``, the states that entered this rank's spans, kept from
+            the first forward of a recomputed layer to its second.
         scans: one record per scan that was waited for.
         session: what the rows have read before, in inference; ``plan`` is then ``None``.
     """
@@ -90,6 +92,7 @@ class SequenceLayout(PackedSeqParams):
     exchange: SpanExchange | None = None
     embeddings: Tensor | None = None
     state_squares: dict[int, Tensor] = field(default_factory=dict)
+    carries: dict[int, Tensor] = field(default_factory=dict)
     scans: list[ScanRecord] = field(default_factory=list)
     session: ReadingSession | None = None
 

@@ -173,16 +173,30 @@ def test_layout_equals_one_rank(
     assert compare(pool, baselines, *case) == []
 
 
-@pytest.mark.parametrize("scan", [ScanAlgorithm.all_gather, ScanAlgorithm.all_to_all])
+ALGORITHMS = [algorithm for algorithm in ScanAlgorithm if algorithm is not ScanAlgorithm.auto]
+
+
+@pytest.mark.parametrize("scan", ALGORITHMS, ids=lambda scan: scan.value)
 def test_every_scan_algorithm_equals_one_rank(
     pool: RankPool, baselines: Baselines, scan: ScanAlgorithm
 ) -> None:
-    assert compare(pool, baselines, 4, {"cp": 4, "scan": scan}, steps=5) == []
+    """Documents start on and off the edges of chunks (8), spans and ranks (16) in this text."""
+    assert compare(pool, baselines, 4, {"cp": 4, "scan": scan}) == []
+    contiguous = {"cp": 4, "scan": scan, **CONTIGUOUS}
+    assert compare(pool, baselines, 4, contiguous, steps=3) == []
 
 
 def test_decay_and_clip_equal_one_rank(pool: RankPool, baselines: Baselines) -> None:
     changes = {"decay": 0.9, "clip": ClipConfig(ClipMode.relative, 0.05), "eta": 0.02}
     assert compare(pool, baselines, 4, {"tp": 2, "cp": 2, **changes}, steps=5) == []
+
+
+def test_recomputation_repeats_no_scan(pool: RankPool) -> None:
+    for changes in ({}, FULL, SELECTIVE):
+        config = configure({"cp": 2, **changes})
+        reports = pool.run(run_training, config, 2, ranks=2, timeout=100)
+        # Two fast layers, two micro-batches, one scan forward and one backward.
+        assert [report.scans for report in reports] == [[8, 8], [8, 8]]
 
 
 def _double(trainer: Trainer, ending: str) -> Iterator[None]:
@@ -217,21 +231,24 @@ def scan_backward_cut(trainer: Trainer) -> Iterator[None]:
     from megatron_ttt.fast_weights.sweeps import Direction
     from megatron_ttt.parallel.scan import SpanExchange
 
-    start = SpanExchange.start
+    whole = SpanExchange.open
 
     class Nothing:
         def __init__(self, like: Tensor) -> None:
             self.like = like
 
+        def provide(self, span: int, summary: Tensor) -> None:
+            pass
+
         def wait(self) -> Tensor:
             return torch.zeros_like(self.like)
 
-    def cut(self: SpanExchange, summaries: Tensor, *, direction: Direction) -> Any:
+    def cut(self: SpanExchange, like: Tensor, *, direction: Direction) -> Any:
         if direction is Direction.REVERSE:
-            return Nothing(summaries)
-        return start(self, summaries, direction=direction)
+            return Nothing(like)
+        return whole(self, like, direction=direction)
 
-    with mock.patch.object(SpanExchange, "start", cut):
+    with mock.patch.object(SpanExchange, "open", cut):
         yield
 
 

@@ -158,6 +158,7 @@ class RunReport:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     ratios: list[dict[int, float]] = field(default_factory=list)
+    scans: list[int] = field(default_factory=list)
     gradients: dict[str, tuple[int, int | None, Tensor]] = field(default_factory=dict)
 
 
@@ -219,6 +220,7 @@ def train_one(trainer: Trainer, batch: Batch, report: RunReport, *, keep_gradien
     trainer.optimizer.step = original
     report.losses.append(loss.mean)
     report.grad_norms.append(grad_norm)
+    report.scans.append(sum(len(records) for records in observations.scans))
     report.ratios.append(update_ratios(observations, trainer.stage, trainer.config, trainer.ranks))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -204,11 +205,36 @@ def assert_close(found: Solution, expected: Solution, *, tolerance: float) -> No
         )
 
 
+class Collecting:
+    """A pending scan of a test's exchange: starts when every summary has been handed in.
+
+    What is not handed in stays NaN, so a scan that reads it anyway is seen.
+    """
+
+    def __init__(self, exchange: Any, like_SBDF: Tensor, direction: Direction) -> None:
+        self.exchange, self.direction = exchange, direction
+        self.summaries_SBDF = torch.full_like(like_SBDF, torch.nan)
+
+    def provide(self, span: int, summary_BDF: Tensor) -> None:
+        self.summaries_SBDF[span] = summary_BDF
+
+    def wait(self) -> Tensor:
+        carries: Tensor = self.exchange.start(self.summaries_SBDF, direction=self.direction).wait()
+        return carries
+
+
 class SpansInOrder:
     """A carry exchange over spans that all lie here: the scan, one span after the other."""
 
     def __init__(self, keeps_SB: Tensor) -> None:
         self.keeps_SB = keeps_SB
+
+    def needs_summary(self, direction: Direction) -> list[bool]:
+        last = len(self.keeps_SB) - 1 if direction is Direction.FORWARD else 0
+        return [span != last for span in range(len(self.keeps_SB))]
+
+    def open(self, like_SBDF: Tensor, *, direction: Direction) -> Collecting:
+        return Collecting(self, like_SBDF, direction)
 
     def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> SpansInOrder:
         spans = list(range(len(summaries_SBDF)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from tests.unit.fast_weights.cases import SpansInOrder
+from tests.unit.fast_weights.cases import Collecting, SpansInOrder
 
 Result = TypeVar("Result")
 
@@ -58,6 +58,13 @@ class ThreadedExchange:
     ) -> None:
         self.ranks, self.rank, self.held = ranks, rank, held
         self.row = SpansInOrder(keeps_SB)
+
+    def needs_summary(self, direction: Direction) -> list[bool]:
+        of_row = self.row.needs_summary(direction)
+        return [of_row[span] for span in self.held[self.rank]]
+
+    def open(self, like_SBDF: Tensor, *, direction: Direction) -> Collecting:
+        return Collecting(self, like_SBDF, direction)
 
     def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> ThreadedExchange:
         gathered = self.ranks.gather(self.rank, summaries_SBDF)
