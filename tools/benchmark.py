@@ -4,6 +4,9 @@
 python tools/benchmark.py fast-weight-layer --chunk 64
 python tools/benchmark.py fast-weight-layer --hidden 2560 --ffn 9728 --tokens 65536 --dtype bf16 \
     --device cuda --json layer.json
+python tools/benchmark.py scan --ranks 8 --write-constants constants.json
+torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan --state-mb 200
+python tools/benchmark.py decoding --batch 1 4
 python tools/benchmark.py checkpoint --hidden 1024 --layers 12 --folder /scratch
 """
 
@@ -136,6 +139,58 @@ def run_conversion(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_decoding(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """A generated token with fast weights against the same model without."""
+    parser = commands.add_parser("decoding", help="what a generated token costs, on and off")
+    add = parser.add_argument
+    add("--hidden", type=int, default=512)
+    add("--ffn", type=int, default=1536)
+    add("--layers", type=int, default=12)
+    add("--chunk", type=int, default=128, help="tokens of a chunk and of a round (default: 128)")
+    add("--batch", type=int, nargs="+", default=[1, 4], help="rows (default: 1 4)")
+    add("--rounds", type=int, default=5, help="measured rounds (default: 5)")
+    add("--dtype", default="fp32", help="fp32 (default) or bf16")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_decoding)
+
+
+def run_decoding(arguments: argparse.Namespace) -> int:
+    """Measures and prints."""
+    from megatron_ttt.benchmarks import decoding as benchmark
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json", "batch")}
+    problem = benchmark.DecodingProblem(**options, batches=tuple(arguments.batch))
+    times = benchmark.measure(problem)
+    benchmark.report(problem, times, Console())
+    if arguments.json:
+        arguments.json.write_text(json.dumps(benchmark.as_record(problem, times), indent=2) + "\n")
+    return 0
+
+
+def add_scan(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """The scan across ranks: its links, its four algorithms, what overlap hides."""
+    parser = commands.add_parser(
+        "scan", help="the scan's links and algorithms beside the cost model's prediction"
+    )
+    add = parser.add_argument
+    add("--ranks", type=int, default=4, help="local processes; under torchrun its own (default: 4)")
+    add("--state-mb", type=float, default=25.0, help="one rank's state (default: 25 MB)")
+    add("--order", choices=["zigzag", "contiguous"], default="zigzag")
+    add("--repeats", type=int, default=9, help="measured rounds (default: 9)")
+    add("--write-constants", type=Path, metavar="FILE", help="for parallel.scan_constants")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_scan)
+
+
+def run_scan(arguments: argparse.Namespace) -> int:
+    """Measures on the ranks of torchrun, or on local ones; rank 0 prints."""
+    from megatron_ttt.benchmarks import scan_ranks
+
+    options = {k: v for k, v in vars(arguments).items() if k != "run"}
+    return scan_ranks.run(scan_ranks.ScanArguments(**options))
+
+
 def main(argv: list[str]) -> int:
     """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
     parser = OneLineParser(
@@ -145,6 +200,8 @@ def main(argv: list[str]) -> int:
     add_fast_weight_layer(commands)
     add_checkpoint(commands)
     add_conversion(commands)
+    add_scan(commands)
+    add_decoding(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
