@@ -61,9 +61,10 @@ def origin(folder: MegatronFolder) -> Path | None:
             start = Path(load.removeprefix(HF_SCHEME))
             return start if start.is_dir() else None
         path = Path(load)
-        if not (path / MANIFEST).is_file():
+        if not path.exists():
             return None
-        facts = MegatronFolder(path).facts
+        before = MegatronFolder(path)
+        path, facts = before.path, before.facts
     return None
 
 

@@ -40,6 +40,7 @@ METADATA = ".metadata"
 MANIFEST = "manifest.json"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
+LATEST = "latest"  # beside a run's checkpoints: names the newest
 # Of Megatron's own modules; all empty, but looked for when a checkpoint is loaded.
 _EXTRA_STATES = (
     "self_attention.linear_qkv",
@@ -180,9 +181,14 @@ class MegatronFolder:
     def __init__(self, path: Path) -> None:
         """Read the metadata only.
 
+        Args:
+            path: the folder, or the file ``latest`` of a run.
+
         Raises:
             ConfigError: this is no distributed checkpoint, or it is damaged.
         """
+        if path.name == LATEST and path.is_file():
+            path = path.parent / path.read_text().strip()
         self.path = path
         if not path.is_dir():
             raise ConfigError([Fault("checkpoint", path, "is no folder")])

@@ -1,19 +1,18 @@
 """A model trained with live fast weights leaves Megatron and computes the same in transformers."""
 
-import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch import Tensor
 
 from megatron_ttt.config.schema import Config
 from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
-from megatron_ttt.conversion.importing import CONTENT, plain
+from megatron_ttt.conversion.importing import plain
 from megatron_ttt.conversion.manifest import described_model
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.training.checkpoint_files import Progress
+from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer
 from tests.distributed.conversion_cases import forward_logits, random_tokens, relative_error
@@ -41,15 +40,16 @@ def train_and_save(
             train_one(
                 trainer, global_batch(config, step, packed=False), report, keep_gradients=False
             )
-        metadata = {**CONTENT, "dp_cp_group": here.groups.dp_cp}
-        state = {"model": trainer.stage.sharded_state_dict(metadata=metadata)}
-        if rank == 0:
-            folder.mkdir()
-            described = {"model": plain(config.model), "ttt": plain(config.ttt)}
-            manifest = {"facts": {"config": described}, "files": {}}
-            (folder / "manifest.json").write_text(json.dumps(manifest))
-        dist.barrier()
-        dist_checkpointing.save(state, str(folder), content_metadata=CONTENT)
+        saver = CheckpointSaver(
+            folder,
+            trainer.state,
+            ranks=here,
+            mode=SaveMode.SYNCHRONOUS,
+            facts={"config": {"model": plain(config.model), "ttt": plain(config.ttt)}},
+            retention=Retention(),
+            report=lambda text: None,
+        )
+        saver.save(Progress(step=2, consumed_samples=0, consumed_tokens=0, metrics_bytes=0))
         with torch.no_grad():
             tokens = random_tokens() % VOCABULARY
             return forward_logits(trainer.stage.eval(), config, here, tokens), report.ratios[-1]
@@ -60,14 +60,14 @@ def test_trained_model_in_transformers(tmp_path: Path, pool: RankPool) -> None:
 
     import megatron_ttt.hf  # noqa: F401 (registers the classes with fast weights)
 
-    config = tiny_config(tp=2, pp=2, packed=False, window=None, eta=0.01)
+    config = tiny_config(tp=2, pp=2, packed=False, window=None, eta=0.0015)
     reports = pool.run(train_and_save, config, tmp_path / "megatron", ranks=4, timeout=150)
     ratios = reports[-1][1]
     assert all(0.05 < ratio < 0.3 for ratio in ratios.values()), ratios
     shards = dict(logits for logits, _ in reports if logits is not None)
     expected = torch.cat([shards[rank] for rank in sorted(shards)], dim=-1)[..., :VOCABULARY]
 
-    folder = MegatronFolder(tmp_path / "megatron")
+    folder = MegatronFolder(tmp_path / "megatron" / "latest")
     assert folder.tensors["embedding.word_embeddings.weight"].shape[0] == VOCABULARY + 1
     export_checkpoint(
         HFView(folder, *described_model(folder)),
