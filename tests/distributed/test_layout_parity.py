@@ -22,6 +22,7 @@ from megatron_ttt.config.schema import (
     Config,
     CPOrder,
     Normalize,
+    Precision,
     Recompute,
     ScanAlgorithm,
     TargetSource,
@@ -189,6 +190,17 @@ def test_every_scan_algorithm_equals_one_rank(
 def test_decay_and_clip_equal_one_rank(pool: RankPool, baselines: Baselines) -> None:
     changes = {"decay": 0.9, "clip": ClipConfig(ClipMode.relative, 0.05), "eta": 0.02}
     assert compare(pool, baselines, 4, {"tp": 2, "cp": 2, **changes}, steps=5) == []
+
+
+def test_bf16_with_fp32_master_weights_follows_fp32(pool: RankPool, baselines: Baselines) -> None:
+    """The precision of GPUs, on the CPU: losses within bf16's rounding, weights kept in fp32."""
+    one, _ = baselines.of({})
+    config = configure({"tp": 2, "cp": 2})
+    config = replace(config, train=replace(config.train, precision=Precision.bf16))
+    reports = pool.run(run_training, config, 5, ranks=4, timeout=100)
+    assert reports[0].losses != one.losses[:5]
+    assert reports[0].losses == pytest.approx(one.losses[:5], rel=1e-2)
+    assert reports[0].grad_norms == pytest.approx(one.grad_norms[:5], rel=2e-2)
 
 
 def test_recomputation_repeats_no_scan(pool: RankPool) -> None:
