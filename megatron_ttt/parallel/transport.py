@@ -25,8 +25,11 @@ class ScanError(RuntimeError):
 class Transport(Protocol):
     """What runs an :class:`Exchange`. ``bytes_sent`` and ``messages_sent`` count the payload."""
 
-    bytes_sent: int
-    messages_sent: int
+    @property
+    def bytes_sent(self) -> int: ...
+
+    @property
+    def messages_sent(self) -> int: ...
 
     def exchange(self, request: Exchange) -> None:
         """Post all messages; return when the received ones may be read (on CUDA: by this stream).
@@ -47,8 +50,8 @@ class GroupTransport:
     """
 
     def __init__(self, group: Any, *, tag: int, timeout_s: float, what: str) -> None:
-        self.bytes_sent = 0
-        self.messages_sent = 0
+        self._bytes_sent = 0
+        self._messages_sent = 0
         self._group = group
         self._global_ranks = dist.get_process_group_ranks(group)
         self._tag = tag
@@ -56,10 +59,18 @@ class GroupTransport:
         self._what = what
         self._sending: list[tuple[Message, Any]] = []
 
+    @property
+    def bytes_sent(self) -> int:
+        return self._bytes_sent
+
+    @property
+    def messages_sent(self) -> int:
+        return self._messages_sent
+
     def exchange(self, request: Exchange) -> None:
         for message in request.sends:
-            self.bytes_sent += message.tensor.nbytes
-            self.messages_sent += 1
+            self._bytes_sent += message.tensor.nbytes
+            self._messages_sent += 1
         messages = (*request.receives, *request.sends)
         if messages and messages[0].tensor.is_cuda:
             self._exchange_on_stream(request)
@@ -128,11 +139,9 @@ class DelayedTransport:
         return self._inner.messages_sent
 
     def exchange(self, request: Exchange) -> None:
-        began = time.monotonic()
         self._inner.exchange(request)
-        sizes = [m.tensor.nbytes for m in request.receives]
-        delay = sum(self._alpha_s + self._beta_s_per_byte * size for size in sizes)
-        time.sleep(max(0.0, began + delay - time.monotonic()))
+        sizes = [message.tensor.nbytes for message in request.receives]
+        time.sleep(sum(self._alpha_s + self._beta_s_per_byte * size for size in sizes))
 
     def finish(self) -> None:
         self._inner.finish()
