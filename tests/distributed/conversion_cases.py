@@ -27,6 +27,7 @@ from megatron_ttt.conversion.importing import CONTENT
 from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.plain_rows import plain_rows
 from megatron_ttt.model.build import build_model
+from megatron_ttt.model.initialize import global_parameters
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training.distributed import Ranks, model_parallel
 
@@ -156,23 +157,37 @@ def run_config(model: ModelConfig, ttt: TTTConfig, *, tp: int, pp: int) -> Confi
     )
 
 
+def loaded_model(config: Config, here: Ranks, checkpoint: Path, from_hf: bool) -> Any:
+    """This rank's stage with weights from either kind of folder."""
+    groups = here.groups
+    model = build_model(config, transformer_config(config, device_is_cuda=False), groups)
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))  # whatever is not loaded shows
+    if from_hf:
+        tp = groups.tp
+        load_hf_weights(checkpoint, model, config, tp_rank=tp.rank(), tp_size=tp.size())
+    else:
+        metadata = {**CONTENT, "dp_cp_group": groups.dp_cp}
+        wanted = {"model": model.sharded_state_dict(metadata=metadata)}
+        model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
+    return model
+
+
+def megatron_parameters(
+    rank: int, ranks: int, config: Config, checkpoint: Path, from_hf: bool
+) -> dict[str, Tensor]:
+    """This rank's parameters by their names in the whole model; called through the pool."""
+    with megatron_on_cpu(), model_parallel(config) as here, torch.no_grad():
+        model = loaded_model(config, here, checkpoint, from_hf)
+        return {name: parameter.clone() for name, parameter in global_parameters(model)}
+
+
 def megatron_logits(
     rank: int, ranks: int, config: Config, checkpoint: Path, from_hf: bool
 ) -> tuple[int, Tensor] | None:
     """(tensor rank, logits ``[B, T, W/tp]``) on the last stage; called through the pool."""
     with megatron_on_cpu(), model_parallel(config) as here, torch.no_grad():
-        transformer = transformer_config(config, device_is_cuda=False)
-        model = build_model(config, transformer, here.groups)
-        groups = here.groups
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))  # whatever is not loaded shows
-        if from_hf:
-            tp = groups.tp
-            load_hf_weights(checkpoint, model, config, tp_rank=tp.rank(), tp_size=tp.size())
-        else:
-            metadata = {**CONTENT, "dp_cp_group": groups.dp_cp}
-            wanted = {"model": model.sharded_state_dict(metadata=metadata)}
-            model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint))["model"])
+        model = loaded_model(config, here, checkpoint, from_hf)
         return forward_logits(model, config, here, random_tokens())
 
 

@@ -20,6 +20,7 @@ from tests.distributed.conversion_cases import (
     CHUNK,
     Case,
     megatron_logits,
+    megatron_parameters,
     random_tokens,
     relative_error,
     run_config,
@@ -74,3 +75,26 @@ def test_plain_models_agree_with_transformers(case: Case, tmp_path: Path, pool: 
     assert len(added) == 4
     assert after.keys() - added == before.keys()
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+def test_both_ways_in_give_the_same_parameters(tmp_path: Path, pool: RankPool) -> None:
+    save_hf_model(CASES[1], tmp_path / "hf", dtype=torch.bfloat16)
+    view = MegatronView(HFFolder(tmp_path / "hf"), target=target_generator(FAST, layers=4), seed=11)
+    import_checkpoint(view, tmp_path / "megatron", ttt=FAST, report=silent, block_bytes=3000)
+    config = run_config(view.model, FAST, tp=2, pp=2)
+    folders = ((tmp_path / "megatron", False), (tmp_path / "hf", True))
+    imported, direct = (
+        pool.run(megatron_parameters, config, folder, from_hf, ranks=4, timeout=120)
+        for folder, from_hf in folders
+    )
+    for ours, theirs in zip(imported, direct, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    projections = [
+        torch.cat([rank[f"decoder.layers.{layer}.mlp.ttt_proj.weight"] for rank in ranks], dim=1)
+        for layer, ranks in ((0, direct[:2]), (3, direct[2:]))
+    ]
+    for projection in projections:
+        assert projection.diagonal().all()
+        assert torch.equal(projection, projection.diagonal().diag())
+    assert not torch.equal(*projections)
