@@ -49,6 +49,7 @@ class Overrides:
 
     fast_weights: bool = True
     tp: int = 1
+    cp: int = 1
 
 
 def parser() -> OneLineParser:
@@ -59,7 +60,7 @@ def parser() -> OneLineParser:
     )
     add = made.add_argument
     add("model", type=Path, help="folder of an exported model or of a Megatron checkpoint")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="ttt=off, parallel.tp=N")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="ttt=off, parallel.tp=N, parallel.cp=N")
     add("--prompt", action="append", metavar="TEXT", help="repeat it for a batch of rows")
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
     add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
@@ -90,10 +91,10 @@ def parse_overrides(words: list[str]) -> Overrides:
         key, _, value = word.partition("=")
         if key in ("ttt", "ttt.mode") and value in ("off", "in_place"):
             found.fast_weights = value == "in_place"
-        elif key == "parallel.tp" and value.isdigit() and int(value) > 0:
-            found.tp = int(value)
+        elif key in ("parallel.tp", "parallel.cp") and value.isdigit() and int(value) > 0:
+            setattr(found, key.removeprefix("parallel."), int(value))
         else:
-            raise Mistake(f"{word}: valid are ttt=off, ttt=in_place and parallel.tp=N")
+            raise Mistake(f"{word}: valid are ttt=off, ttt=in_place, parallel.tp=N, parallel.cp=N")
     return found
 
 
@@ -106,22 +107,22 @@ def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[B
     folder: Path = options.model
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if (folder / "metadata.json").is_file():
-        if ranks != overrides.tp:
-            raise Mistake(
-                f"parallel.tp={overrides.tp}: the job has {ranks} ranks, one is needed each"
-            )
+        needed = overrides.tp * overrides.cp
+        if ranks != needed:
+            sizes = f"parallel.tp={overrides.tp} parallel.cp={overrides.cp}"
+            raise Mistake(f"{sizes}: needs {needed} ranks (torchrun), the job has {ranks}")
         from megatron_ttt.training.quiet import quiet_libraries
 
         quiet_libraries()
         from megatron_ttt.inference.megatron_backend import megatron_backend
 
         with megatron_backend(
-            folder, tp=overrides.tp, fast_weights=overrides.fast_weights
+            folder, tp=overrides.tp, cp=overrides.cp, fast_weights=overrides.fast_weights
         ) as backend:
             yield backend
     elif (folder / "config.json").is_file():
-        if ranks != 1 or overrides.tp != 1:
-            raise Mistake("an exported model is read by one process; tp reads Megatron checkpoints")
+        if ranks != 1 or overrides.tp * overrides.cp != 1:
+            raise Mistake("an exported model is read by one process; ranks are for Megatron's")
         import torch
 
         from megatron_ttt.inference.transformers_backend import TransformersBackend

@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.scale import Clip, Normalize, ReduceSums
+from megatron_ttt.fast_weights.sweeps import CarryExchange
 from megatron_ttt.fast_weights.update import fast_weight_spans, flush
 from megatron_ttt.inference.token_runs import TokenRuns, equal_rows
 
@@ -64,6 +65,23 @@ class LayerTensors:
     weight_DF: Tensor
     make_targets: MakeTargets
     reduce_sums: ReduceSums | None = None
+
+
+@dataclass(frozen=True)
+class ContextSpans:
+    """The part of a call that one rank of a context-parallel group holds.
+
+    ``plan``: of its ``count`` spans, in memory order. ``has_first``: the row's first span is among
+    them. ``share_last``: gives every rank the tensor of the one that holds the row's last span.
+    ``length``: tokens of the whole call, the same in every row.
+    """
+
+    plan: ChunkPlan
+    count: int
+    exchange: CarryExchange
+    has_first: bool
+    share_last: Callable[[Tensor], Tensor]
+    length: int
 
 
 class FastWeightState:
@@ -112,6 +130,39 @@ class FastWeightState:
             outputs_BTD = self._read_runs(layer, runs)
         self.places = [place + count for place, count in zip(self.places, runs.count, strict=True)]
         return outputs_BTD
+
+    @torch.no_grad()
+    def read_spans(self, layer: LayerTensors, spans: ContextSpans) -> Tensor:
+        """Whole chunks of every row, dealt to the ranks of a context-parallel group.
+
+        Args:
+            layer: of this rank's tokens, in memory order.
+            spans: whose tokens they are.
+
+        Returns:
+            Outputs of this rank's tokens. Every rank's state is then the row's.
+
+        Raises:
+            ValueError: a row has an unfinished chunk.
+        """
+        if any(self.pending):
+            raise ValueError(f"{max(self.pending)} tokens wait in an unfinished chunk")
+        output = fast_weight_spans(
+            layer.keys_BTF,
+            layer.make_targets(layer.source_BTH, spans.plan),
+            layer.weight_DF,
+            plan=spans.plan,
+            learning_rate=self.rule.learning_rate,
+            spans=spans.count,
+            exchange=spans.exchange,
+            carry_BDF=self.state_BDF if spans.has_first else None,
+            clip=self.rule.clip,
+            normalize=self.rule.normalize,
+            reduce_sums=layer.reduce_sums,
+        )
+        self._take(list(range(self.batch)), spans.share_last(output.state_BDF), layer.weight_DF)
+        self.places = [place + spans.length for place in self.places]
+        return output.outputs_BTD
 
     @torch.no_grad()
     def flush(

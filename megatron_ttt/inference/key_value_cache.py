@@ -38,14 +38,15 @@ class KeyValueCache:
         *,
         window: int | None,
         scale: float,
+        ranges: Sequence[tuple[int, int]] | None = None,
     ) -> Tensor:
         """Hold the call's keys and values, then attend causally: ``[B, T, A, E]``.
 
         A query sees its own place and those before it, ``window`` of them at most. Outputs of
-        padding mean nothing.
+        padding mean nothing. ``ranges``: the tokens ``[start, end)`` of the call that the queries
+        are, one range after another; None: all of them.
         """
         self._append(key_BTGE, value_BTGE, runs)
-        assert self.keys_BSGE is not None and self.values_BSGE is not None
         # Where the rows stand alike, one mask serves all, and one token needs none.
         alike = len(set(zip(self.places, runs.first, runs.count, strict=True))) == 1
         starts = [
@@ -53,26 +54,36 @@ class KeyValueCache:
             for place, count, first in zip(self.places, runs.count, runs.first, strict=True)
         ]
         starts_B = torch.tensor(starts[:1] if alike else starts)
-        outputs = []
-        for first in range(0, runs.length, QUERY_BLOCK):
-            last = min(first + QUERY_BLOCK, runs.length)
-            places_BQ = starts_B[:, None] + torch.arange(first, last)
-            high = min(int(places_BQ.max()) + 1, max(self.places))
-            low = 0 if window is None else max(0, int(places_BQ.min()) - window + 1)
-            mask = None
-            if not (alike and last - first == 1):
-                mask = _visible(places_BQ, low, high, window).to(query_BTAE.device)
-            outputs.append(
-                F.scaled_dot_product_attention(
-                    query_BTAE[:, first:last].transpose(1, 2),
-                    self.keys_BSGE[:, low:high].transpose(1, 2),
-                    self.values_BSGE[:, low:high].transpose(1, 2),
-                    attn_mask=mask,
-                    scale=scale,
-                    enable_gqa=query_BTAE.shape[2] != key_BTGE.shape[2],
-                ).transpose(1, 2)
-            )
+        outputs, offset = [], 0
+        for start, end in ranges or [(0, runs.length)]:
+            for first in range(start, end, QUERY_BLOCK):
+                places_BQ = starts_B[:, None] + torch.arange(first, min(first + QUERY_BLOCK, end))
+                queries = slice(offset, offset + places_BQ.shape[1])
+                offset = queries.stop
+                outputs.append(
+                    self._block(query_BTAE[:, queries], places_BQ, window=window, scale=scale)
+                )
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _block(
+        self, query_BQAE: Tensor, places_BQ: Tensor, *, window: int | None, scale: float
+    ) -> Tensor:
+        """Some queries (at equal places in all rows where ``places_BQ`` has one row)."""
+        assert self.keys_BSGE is not None and self.values_BSGE is not None
+        high = min(int(places_BQ.max()) + 1, max(self.places))
+        low = 0 if window is None else max(0, int(places_BQ.min()) - window + 1)
+        mask = None
+        if places_BQ.numel() > 1:
+            mask = _visible(places_BQ, low, high, window).to(query_BQAE.device)
+        attended = F.scaled_dot_product_attention(
+            query_BQAE.transpose(1, 2),
+            self.keys_BSGE[:, low:high].transpose(1, 2),
+            self.values_BSGE[:, low:high].transpose(1, 2),
+            attn_mask=mask,
+            scale=scale,
+            enable_gqa=query_BQAE.shape[2] != self.keys_BSGE.shape[2],
+        )
+        return attended.transpose(1, 2)
 
     def select(self, rows: Sequence[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""

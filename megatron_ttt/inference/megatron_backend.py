@@ -44,8 +44,8 @@ from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
 from megatron_ttt.training.distributed import Ranks, distributed
 
 
-def reading_config(folder: MegatronFolder, *, tp: int) -> Config:
-    """The configuration that reads a checkpoint: its model, our torch attention, no SP, CP or PP.
+def reading_config(folder: MegatronFolder, *, tp: int, cp: int) -> Config:
+    """The configuration that reads a checkpoint: its model, our torch attention, no SP or PP.
 
     Raises:
         ConfigError: the folder does not say which model it holds.
@@ -57,7 +57,7 @@ def reading_config(folder: MegatronFolder, *, tp: int) -> Config:
         model=model,
         ttt=ttt,
         data=DataConfig(),
-        parallel=ParallelConfig(tp=tp, sequence_parallel=Toggle.off),
+        parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=Toggle.off),
         train=TrainConfig(seq_length=model.max_positions),
     )
 
@@ -73,13 +73,14 @@ def tokenizer_name(folder: MegatronFolder) -> str | None:
 
 @contextmanager
 def megatron_backend(
-    path: Path, *, tp: int = 1, fast_weights: bool = True
+    path: Path, *, tp: int = 1, cp: int = 1, fast_weights: bool = True
 ) -> Iterator[MegatronBackend]:
     """Load a checkpoint folder on every rank of the job.
 
     Args:
         path: an imported checkpoint, or a run's ``checkpoints/step_...``.
-        tp: tensor-parallel ranks; the job has as many.
+        tp, cp: tensor- and context-parallel ranks; the job has ``tp * cp``. Context parallelism
+            reads long prompts faster and decodes no faster.
         fast_weights: False reads the same checkpoint without them.
 
     Raises:
@@ -87,7 +88,7 @@ def megatron_backend(
     """
     try:
         folder = MegatronFolder(path)
-        config = reading_config(folder, tp=tp)
+        config = reading_config(folder, tp=tp, cp=cp)
         tokenizer = tokenizer_name(folder)
     except ConfigError as error:
         raise UnfitModel(str(error).splitlines()[0]) from error
@@ -105,7 +106,10 @@ def megatron_backend(
 
 
 class MegatronBackend:
-    """See ``backend.Backend``. Each tensor-parallel rank has a state file of its own."""
+    """See ``backend.Backend``. Each tensor-parallel rank has a state file of its own.
+
+    Context-parallel ranks hold the same states; the first of them writes the file.
+    """
 
     def __init__(
         self,
@@ -119,6 +123,7 @@ class MegatronBackend:
         self.model, self.config, self.ranks, self.mode = model, config, ranks, mode
         self.device = ranks.device
         self.speaks = ranks.is_first
+        self.writes_files = ranks.groups.cp.rank() == 0
         self.vocab_size = config.model.vocab_size
         self.max_positions = config.model.max_positions
         self.stop_tokens: frozenset[int] = frozenset()  # the tokenizer's end of document
@@ -167,7 +172,8 @@ class MegatronBackend:
                 tensors[f"attention.{layer}.values"] = held[1]
         tensors |= {f"extra.{name}": tensor for name, tensor in turn.tensors().items()}
         about |= {"row_places": reader.places, "extra": turn.extra()}
-        save_state(self.own_file(path), StateKind.SESSION, self.identity, tensors, about)
+        if self.writes_files:
+            save_state(self.own_file(path), StateKind.SESSION, self.identity, tensors, about)
 
     def has_session(self, path: Path) -> bool:
         return self.own_file(path).exists()
@@ -186,7 +192,8 @@ class MegatronBackend:
         if rest is Unfinished.FLUSH:
             reader.flush()
         packed = pack_memory(reader.fast_weights)
-        save_state(self.own_file(path), StateKind.MEMORY, self.identity, packed)
+        if self.writes_files:
+            save_state(self.own_file(path), StateKind.MEMORY, self.identity, packed)
 
     def load_memory(self, path: Path, batch: int) -> ModelSession:
         own = self.own_file(path)

@@ -5,7 +5,9 @@ those that have them. It travels to the layers inside the call's :class:`Sequenc
 module state. Rows may have different lengths and grow by different numbers of tokens a call.
 
 Tensor parallelism: every rank of the group holds a session with its shards and makes the same
-calls. Sequence, context and pipeline parallelism belong to training and are refused.
+calls. Context parallelism: the whole chunks of a long prompt are dealt to the ranks as in training,
+then every rank holds all keys, values and states, and the ranks read the rest and decode alike.
+Sequence and pipeline parallelism are refused.
 
 Shape letters: B batch rows, T tokens of a call, L tokens (Megatron's sequence-first tensors), H
 hidden, F ffn / tp, A heads, G key/value groups, E head dim, W vocabulary.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +28,27 @@ from torch import Tensor
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.inference.fast_weight_state import FastWeightState, LayerTensors, UpdateRule
+from megatron_ttt.inference.fast_weight_state import (
+    ContextSpans,
+    FastWeightState,
+    LayerTensors,
+    UpdateRule,
+)
 from megatron_ttt.inference.key_value_cache import KeyValueCache
 from megatron_ttt.inference.token_runs import TokenRuns
+from megatron_ttt.model.attention import TorchAttention
 from megatron_ttt.model.build import fast_weight_settings
 from megatron_ttt.model.gpt import InPlaceTTTModel
-from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.sequence_layout import (
+    ScanSettings,
+    SequenceLayout,
+    sequence_layout,
+    take_ranges,
+)
+from megatron_ttt.parallel.broadcast import broadcast_from
+from megatron_ttt.parallel.collectives import gather_sequence
+from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
+from megatron_ttt.parallel.scan_group import ScanGroup
 
 PREFILL_TOKENS = 2048
 
@@ -52,6 +70,17 @@ def update_rule(config: Config) -> UpdateRule:
         decay=config.ttt.decay,
         clip=settings.clip,
         normalize=settings.normalize,
+    )
+
+
+def scan_settings(config: Config, cp_group: Any) -> ScanSettings:
+    """How states travel between context-parallel ranks while a prompt is read: in fp32."""
+    parallel = config.parallel
+    return ScanSettings(
+        group=ScanGroup(cp_group, timeout_s=parallel.timeout_s),
+        order=SequenceOrder(parallel.cp_order.value),
+        algorithm=parallel.scan.value,
+        message_dtype=None,
     )
 
 
@@ -82,13 +111,17 @@ class ModelSession:
         Raises:
             ValueError: a kind of parallelism that a session has no part for.
         """
-        for axis, size in (("pp", groups.pp.size()), ("cp", groups.cp.size())):
-            if size > 1:
-                raise ValueError(f"parallel.{axis}={size}: reading with a session needs {axis}=1")
+        if groups.pp.size() > 1:
+            raise ValueError(f"parallel.pp={groups.pp.size()}: reading with a session needs pp=1")
         if model.config.sequence_parallel:
             raise ValueError("parallel.sequence_parallel=on: set it off to read token by token")
+        attention = model.decoder.layers[0].self_attention.core_attention
+        if not isinstance(attention, TorchAttention):
+            raise ValueError(
+                "model.attention=transformer_engine: reading needs model.attention=torch"
+            )
         self.model, self.config, self.device = model, config, device
-        self.tp_group = groups.tp
+        self.tp_group, self.cp_group = groups.tp, groups.cp
         self.places = [0] * batch
         fast = ttt_layers(config) if mode is TTTMode.in_place else []
         self.writes_fast_weights = bool(fast)
@@ -97,7 +130,9 @@ class ModelSession:
             rule = update_rule(config)
             self.fast_weights = {layer: FastWeightState(rule, batch=batch) for layer in fast}
         self.attention = {layer: KeyValueCache(batch=batch) for layer in range(config.model.layers)}
+        self._scan = scan_settings(config, groups.cp)
         self._runs: TokenRuns | None = None
+        self._split: SequenceLayout | None = None  # of a call that is dealt to the cp ranks
         self._wanted = LogitsOf.LAST
 
     @property
@@ -120,6 +155,9 @@ class ModelSession:
         longest = max(len(row) for row in rows)
         if longest == 0:
             raise ValueError("there is nothing to read: every row is empty")
+        if logits is LogitsOf.LAST and self.cp_group.size() > 1:
+            rows = self._read_with_all_ranks(rows)
+            longest = max(len(row) for row in rows)
         step = PREFILL_TOKENS if logits is LogitsOf.LAST else longest
         result: Tensor | None = None
         for first in range(0, longest, step):
@@ -161,6 +199,11 @@ class ModelSession:
     ) -> Tensor:  # fmt: skip
         """Queries ``[L, B, A, E]``, keys and values ``[L, B, G, E]`` to ``[L, B, A * E]``."""
         assert self._runs is not None
+        ranges = None
+        if self._split is not None:
+            ranges, order = self._split.ranges, self._split.order
+            key = gather_sequence(key, group=self.cp_group, order=order)
+            value = gather_sequence(value, group=self.cp_group, order=order)
         attended = self.attention[layer].attend(
             query.transpose(0, 1),
             key.transpose(0, 1),
@@ -168,6 +211,7 @@ class ModelSession:
             self._runs,
             window=window,
             scale=scale,
+            ranges=ranges,
         )
         return attended.transpose(0, 1).flatten(2)
 
@@ -184,16 +228,85 @@ class ModelSession:
         """Keys ``[B, L, F]`` and sources ``[B, L, H]`` to outputs ``[B, L, H]``."""
         assert self._runs is not None
         tensors = LayerTensors(keys, source, weight, make_targets, reduce_sums)
+        if self._split is not None:
+            return self.fast_weights[layer].read_spans(tensors, self._spans(layer, self._split))
         return self.fast_weights[layer].read(tensors, self._runs)
 
     def select_hidden(self, hidden_states: Tensor) -> Tensor:
         """``[L, B, H]`` to the positions whose logits are wanted."""
+        if self._split is not None:
+            return hidden_states[-1:]  # what follows is read without a split, and has the logits
         if self._wanted is LogitsOf.ALL or len(hidden_states) == 1:
             return hidden_states
         assert self._runs is not None
         last = torch.tensor([max(count - 1, 0) for count in self._runs.count], device=self.device)
         rows = torch.arange(self.batch, device=self.device)
         return hidden_states[last, rows][None]
+
+    def _read_with_all_ranks(self, rows: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        """Read the whole chunks that all rows have, dealt to the cp ranks; returns what is left.
+
+        At least one token of each row is left, for its logits.
+        """
+        ranks, order = self.cp_group.size(), self._scan.order
+        unit = total_spans(ranks, order) * (self.config.ttt.chunk_size if self.fast_weights else 1)
+        whole = max(0, min(len(row) for row in rows) - 1) // unit * unit
+        if any(
+            state.pending[row] for state in self.fast_weights.values() for row in range(self.batch)
+        ):
+            whole = 0  # the chunk grid of some row does not begin here
+        step = max(1, ranks * PREFILL_TOKENS // unit) * unit
+        for first in range(0, whole, step):
+            self._read_split([row[first : min(first + step, whole)] for row in rows])
+        return [row[whole:] for row in rows]
+
+    def _read_split(self, rows: Sequence[Sequence[int]]) -> None:
+        length = len(rows[0])
+        nothing = torch.zeros(self.batch, length, dtype=torch.bool)
+        layout = sequence_layout(
+            document_starts=nothing,
+            padding=nothing,
+            chunk_size=self.config.ttt.chunk_size if self.fast_weights else None,
+            decay=self.config.ttt.decay,
+            mask_attention=False,
+            reset_positions=False,
+            reset_fast_weights=False,
+            scan=self._scan,
+            device=self.device,
+        )
+        assert layout.positions is not None
+        starts = torch.tensor(self.places, device=self.device)[:, None]
+        layout.positions = layout.positions + starts
+        layout.session = self
+        tokens = take_ranges(torch.tensor([list(row) for row in rows]), layout.ranges)
+        self._runs = TokenRuns((0,) * self.batch, (length,) * self.batch, length)
+        self._split = layout
+        try:
+            self._call(tokens, layout)
+        finally:
+            self._split = None
+        self.places = [place + length for place in self.places]
+
+    def _spans(self, layer: int, layout: SequenceLayout) -> ContextSpans:
+        ranks, order = self.cp_group.size(), layout.order
+        owner = rank_of_span(total_spans(ranks, order) - 1, ranks, order)
+        assert layout.plan is not None and layout.exchange is not None
+        return ContextSpans(
+            plan=layout.plan,
+            count=len(layout.ranges),
+            exchange=layout.exchange.for_layer(f"layer {layer}"),
+            has_first=self.cp_group.rank() == rank_of_span(0, ranks, order),
+            share_last=partial(broadcast_from, group=self.cp_group, owner=owner),
+            length=layout.length,
+        )
+
+    def _call(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
+        return self.model(
+            input_ids=tokens.to(self.device),
+            position_ids=layout.positions,
+            attention_mask=None,
+            packed_seq_params=layout,
+        )
 
     def _read(self, rows: Sequence[Sequence[int]], logits: LogitsOf) -> Tensor:
         count = tuple(len(row) for row in rows)
@@ -204,21 +317,18 @@ class ModelSession:
         self._runs = TokenRuns((0,) * self.batch, count, length)
         self._wanted = logits
         positions = torch.tensor(self.places)[:, None] + torch.arange(length)
+        # Megatron cuts a table of angles, which nothing reads, into two parts a cp rank.
+        table = -(-length // (2 * self.cp_group.size())) * 2 * self.cp_group.size()
         layout = SequenceLayout(
             qkv_format="sbhd",
-            max_seqlen_q=length,
-            max_seqlen_kv=length,
+            max_seqlen_q=table,
+            max_seqlen_kv=table,
             length=length,
             ranges=[(0, length)],
             positions=positions.to(self.device),
             session=self,
         )
-        found = self.model(
-            input_ids=tokens.to(self.device),
-            position_ids=layout.positions,
-            attention_mask=None,
-            packed_seq_params=layout,
-        )
+        found = self._call(tokens, layout)
         self.places = [place + new for place, new in zip(self.places, count, strict=True)]
         if self.tp_group.size() > 1:
             found = gather_from_tensor_model_parallel_region(found, group=self.tp_group)

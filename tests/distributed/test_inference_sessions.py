@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, Toggle
+from megatron_ttt.config.schema import Config, CPOrder, TargetSource, Toggle
 from megatron_ttt.config.to_megatron import transformer_config
+from megatron_ttt.inference import model_session
 from megatron_ttt.inference.backend import Turn
 from megatron_ttt.inference.fast_weight_state import Unfinished
 from megatron_ttt.inference.generation import generate
@@ -132,8 +135,7 @@ def refuse(rank: int, ranks: int, config: Config, folder: Path) -> list[str]:
         with pytest.raises(StateFileError) as error:
             backend.load_memory(folder / "talk", 1)
         said.append(str(error.value))
-    for axis in ("cp", "pp"):
-        split = tiny_config(**{axis: 2}, sequence_parallel=Toggle.off)
+    for split in (tiny_config(pp=2, sequence_parallel=Toggle.off), tiny_config(tp=2)):
         with megatron_on_cpu(), model_parallel(split) as here:
             with pytest.raises(ValueError) as fault:
                 backend_of(split, here).new_reader(1)
@@ -146,7 +148,70 @@ def test_refusals(pool: RankPool, tmp_path: Path) -> None:
     for said in pool.run(refuse, config, tmp_path, ranks=2):
         assert "belongs to another model" in said[0] and "eta 0.01, here 0.02" in said[0]
         assert "a session, where a memory is needed" in said[1]
-        assert "needs cp=1" in said[2] and "needs pp=1" in said[3]
+        assert "needs pp=1" in said[2] and "sequence_parallel=on" in said[3]
+
+
+LONG = (75, 41)  # at cp = 2, zigzag: one call of 32 tokens dealt to the ranks, or two of 16
+
+
+def read_long(rank: int, ranks: int, config: Config) -> dict[str, Any]:
+    """Logits after long prompts and a few more tokens, and what is then held."""
+    with megatron_on_cpu(), model_parallel(config) as here, short_calls():
+        session = backend_of(config, here).new_reader(2)
+        rows = [[(7 * t + row) % VOCABULARY for t in range(LONG[row])] for row in range(2)]
+        calls: list[int] = []
+        original = session._read_split
+
+        def counted(rows: Any) -> None:
+            calls.append(len(rows[0]))
+            original(rows)
+
+        session._read_split = counted
+        logits = [session.read_last(rows)]
+        logits += [session.read_last([[t], [t + 1] if t % 3 else []]) for t in range(CHUNK + 2)]
+        logits.append(session.read_last(rows))  # a second long turn, from unfinished chunks
+        ratios = [
+            float(state.update_ratios(session.model.decoder.layers[layer].mlp.linear_fc2.weight)[0])
+            for layer, state in session.fast_weights.items()
+        ]
+        return {
+            "logits": torch.stack([step[0] for step in logits]),
+            "places": session.places,
+            "calls": calls,
+            "ratios": ratios,
+        }
+
+
+@contextmanager
+def short_calls() -> Iterator[None]:
+    """Prompts are read 8 tokens a rank at a time, so that states are carried between calls."""
+    kept, model_session.PREFILL_TOKENS = model_session.PREFILL_TOKENS, 8
+    try:
+        yield
+    finally:
+        model_session.PREFILL_TOKENS = kept
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout", "calls"),
+    [
+        (2, {"cp": 2}, [32]),
+        (2, {"cp": 2, "cp_order": CPOrder.contiguous}, [16, 16]),
+        (4, {"cp": 2, "tp": 2, "cp_order": CPOrder.contiguous}, [16, 16]),
+    ],
+)
+@pytest.mark.parametrize("target", list(TargetSource), ids=lambda target: target.value)
+def test_long_prompts_are_dealt_to_context_parallel_ranks(
+    pool: RankPool, target: TargetSource, ranks: int, layout: dict[str, Any], calls: list[int]
+) -> None:
+    eta = 0.003 if target is TargetSource.hidden_states else 0.005
+    keys = {"sequence_parallel": Toggle.off, "packed": False, "eta": eta, "target": target}
+    wanted = pool.run(read_long, tiny_config(**keys), ranks=1)[0]
+    assert wanted["calls"] == [] and 0.05 < max(wanted["ratios"]) < 0.3, wanted["ratios"]
+    largest = float(wanted["logits"].abs().max())
+    for found in pool.run(read_long, tiny_config(**layout, **keys), ranks=ranks):
+        assert found["calls"] == calls and found["places"] == wanted["places"]
+        assert float((found["logits"] - wanted["logits"]).abs().max()) < 1e-4 * largest
 
 
 def test_the_tool_reads_imported_checkpoints(tmp_path: Path) -> None:
