@@ -73,6 +73,7 @@ def model_from_hf(config: dict[str, Any], *, name: str, where: str) -> ModelConf
     if missing:
         raise ConfigError([Fault(where, ",".join(missing), "missing from its config.json")])
     family = _family(config, where)
+    config = {**FAMILIES[family].defaults, **config}
     faults = list(_refusals(config, family, where))
     if faults:
         raise ConfigError(faults)
@@ -234,25 +235,31 @@ def _refusals(config: dict[str, Any], family: Family, where: str) -> Iterator[Fa
             yield Fault(f"{where}: {key}", config[key], f"must be {value}")
     if config.get("quantization_config") is not None:
         yield Fault(f"{where}: quantization_config", "set", "quantized weights do not convert")
-    if FAMILIES[family].window is not Window.SWITCHED or not config.get("use_sliding_window"):
-        return
-    kinds = set(config.get("layer_types") or [])
-    mixed = len(kinds) > 1 if kinds else config.get("max_window_layers", 0) > 0
-    if mixed and config.get("sliding_window") is not None:
+    window = FAMILIES[family].window is Window.SWITCHED and config.get("use_sliding_window")
+    if window and config["sliding_window"] is not None and len(_kinds(config)) > 1:
         yield Fault(
             f"{where}: max_window_layers",
-            config.get("max_window_layers"),
+            config["max_window_layers"],
             "a window in some layers only is not supported; it must be 0",
         )
+
+
+def _kinds(config: dict[str, Any]) -> set[str]:
+    """Kinds of attention among the layers of a family that can switch its window on."""
+    given = config.get("layer_types")
+    if given:
+        return set(given)
+    first, layers = config["max_window_layers"], config["num_hidden_layers"]
+    return {"sliding_attention" if layer >= first else "full_attention" for layer in range(layers)}
 
 
 def _window(config: dict[str, Any], family: Family) -> int | None:
     kind = FAMILIES[family].window
     if kind is Window.NEVER:
         return None
-    if kind is Window.SWITCHED and not config.get("use_sliding_window"):
-        return None
-    if set(config.get("layer_types") or []) == {"full_attention"}:
+    if kind is Window.SWITCHED and not (
+        config.get("use_sliding_window") and "sliding_attention" in _kinds(config)
+    ):
         return None
     window: int | None = config.get("sliding_window")
     return window

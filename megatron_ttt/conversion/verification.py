@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -221,7 +222,13 @@ class _HFLayers:
             keys |= {"ttt_layers": [0], "ttt_chunk": CHUNK}
         else:
             keys = {key: value for key, value in keys.items() if not key.startswith("ttt_")}
-        config = AutoConfig.for_model(kind + (TTT_SUFFIX if fast else ""), **keys)
+        kind += TTT_SUFFIX if fast else ""
+        try:
+            config = AutoConfig.for_model(kind, **keys)
+        except ValueError as error:
+            raise ConfigError(
+                [Fault("--verify", kind, "transformers has no such model")]
+            ) from error
         return AutoModel.from_config(config, dtype=torch.float32).eval()
 
 

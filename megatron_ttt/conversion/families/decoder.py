@@ -1,7 +1,9 @@
 """What every family has in common, and the record by which they differ."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from megatron_ttt.conversion.rules import AlwaysZero, Copy, InterleavedQKV, Rule, StackedGate
 
@@ -71,6 +73,8 @@ class FamilyTable:
         model_type, architecture: as in ``config.json``.
         query_key_norms: RMSNorm on queries and keys.
         bias, window: see the enums.
+        defaults: what ``transformers`` takes for keys that a ``config.json`` leaves out, where
+            the families differ.
     """
 
     model_type: str
@@ -78,3 +82,4 @@ class FamilyTable:
     query_key_norms: bool
     bias: Bias
     window: Window
+    defaults: Mapping[str, Any]

@@ -8,4 +8,5 @@ TABLE = FamilyTable(
     query_key_norms=False,
     bias=Bias.CONFIGURED,
     window=Window.NEVER,
+    defaults={},
 )

@@ -8,4 +8,10 @@ TABLE = FamilyTable(
     query_key_norms=True,
     bias=Bias.CONFIGURED,
     window=Window.SWITCHED,
+    defaults={
+        "head_dim": 128,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
 )

@@ -71,6 +71,10 @@ def test_yarn_in_both_spellings() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "window"),
+        (
+            {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+            "window",
+        ),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],
 )
@@ -125,3 +129,25 @@ def test_published_configurations_have_the_published_defaults() -> None:
         ttt = ttt_from_hf({"ttt_mode": True, "ttt_layers": [0, 6, 36]}, layers=36, where="here")
     assert ttt is not None
     assert (ttt.layers, ttt.eta, ttt.chunk_size, ttt.proj) == ([0, 6], 0.3, 8192, True)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen2", "llama", "mistral"])
+@pytest.mark.parametrize("window", [{}, {"use_sliding_window": True}])
+def test_keys_left_out_mean_what_they_mean_to_transformers(
+    model_type: str, window: dict[str, Any]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    config = {key: QWEN3[key] for key in needed} | {"num_attention_heads": 4, **window}
+    config |= {"max_position_embeddings": 64}
+    theirs = transformers.AutoConfig.for_model(model_type, **config)
+    ours = read({**config, "model_type": model_type})
+    slides = set(getattr(theirs, "layer_types", None) or ["sliding_attention"])
+    expected = getattr(theirs, "sliding_window", None) if slides != {"full_attention"} else None
+    assert ours.sliding_window == expected
+    assert ours.kv_groups == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", 24 // 4)
+    assert ours.norm_epsilon == theirs.rms_norm_eps
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.rope.base == theirs.rope_parameters["rope_theta"]
+    assert ours.initializer_range == theirs.initializer_range
