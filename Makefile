@@ -73,6 +73,7 @@ bench: setup ## the fast-weight layer against the materialising formulation and 
 
 draw: setup ## the pictures of the documentation
 	$(BIN)/python tools/draw.py method docs/method.svg
+	$(BIN)/python tools/draw_scan.py docs
 
 clean: ## caches and the demo's outputs; environments and other runs stay
 	rm -rf $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

@@ -55,6 +55,15 @@ class _Rank:
     finished: bool = False
 
 
+class Trip(NamedTuple):
+    """A message's journey: when its sender's port took it up and when it was there."""
+
+    source: int
+    to: int
+    begin_s: float
+    end_s: float
+
+
 class _Leaving(NamedTuple):
     """A message at the head of its sender's port; ``inner``: it stays in the island."""
 
@@ -73,6 +82,7 @@ class _Network:
 
     topology: Topology
     scale: float
+    trips: list[Trip] | None
     events: list[tuple[float, int, int, _Leaving | None]] = field(default_factory=list)
     count: int = 0
     sending: dict[tuple[int, bool], float] = field(default_factory=lambda: defaultdict(float))
@@ -100,6 +110,8 @@ class _Network:
         end = max(now, self.receiving[port]) + leaving.occupied_s
         self.receiving[port] = end
         self.arriving[source, leaving.peer].append((end, leaving.tensor))
+        if self.trips is not None:
+            self.trips.append(Trip(source, leaving.peer, now, end))
 
 
 def simulate(
@@ -113,12 +125,13 @@ def simulate(
     message_dtype: torch.dtype | None = None,
     blocks: int = 1,
     nominal_bytes: float | None = None,
+    trips: list[Trip] | None = None,
 ) -> Simulation:
     """The exclusive scan on ``len(states_PSB)`` simulated ranks.
 
     ``states_PSB``: each rank's summaries ``[S, B, ...]`` in memory order. ``all_keeps_SB``: every
     span's keep in sequence order. ``nominal_bytes``: what one state (all its rows) is taken to
-    weigh by the clock; None: what it weighs.
+    weigh by the clock; None: what it weighs. ``trips``: is given every message's journey.
     """
     ranks = len(states_PSB)
     route = SpanRoute(all_keeps_SB, ranks=ranks, order=order, direction=direction)
@@ -130,7 +143,7 @@ def simulate(
         program = PROGRAMS[algorithm](spans.problem, spans.summaries, spans.carries)
         members.append(_Rank(program, spans.problem, spans))
     held = members[0].problem.elements * states_PSB[0].element_size()
-    network = _Network(topology, 1.0 if nominal_bytes is None else nominal_bytes / held)
+    network = _Network(topology, 1.0 if nominal_bytes is None else nominal_bytes / held, trips)
     if ranks > 1:
         _deliver_all(members, network)
     for member in members:
