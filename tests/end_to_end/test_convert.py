@@ -99,6 +99,13 @@ def test_import_train_export(tmp_path: Path) -> None:
         assert 0.01 < rows[-1]["ttt/update_ratio/layer_01"] < 0.5
     assert losses[0] == losses[1]
 
+    for place in (f"hf:{tmp_path / 'hf'}", str(tmp_path / "megatron")):
+        words = [*RUN, "model.rope.base=1e4", f"checkpoint.load={place}"]
+        other = program("launch/pretrain.py", *words, f"run.dir={tmp_path / 'other'}")
+        assert other.returncode == 2
+        (line,) = other.stderr.splitlines()
+        assert line.startswith("model.rope.base=10000.0: the checkpoint has rope_theta=1000000.0")
+
     saved = tmp_path / "run0" / "checkpoints" / "step_00000002"
     exported = convert("export", saved, tmp_path / "back", "--verify")
     assert exported.returncode == 0, exported.stderr
