@@ -93,7 +93,7 @@ def _model(problem: DecodingProblem) -> Any:
         ttt_lr=1e-3,
     )
     model = Qwen3TTTForCausalLM(config)
-    for layer in config.ttt_layers:
+    for layer in config.ttt_layers or []:
         torch.nn.init.normal_(model.model.layers[layer].mlp.ttt_conv.weight, std=0.5)
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if problem.dtype not in dtypes:

@@ -28,7 +28,7 @@ class _GatherSequence(torch.autograd.Function):
         return gathered[index]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (inverse,) = ctx.saved_tensors
         local = grad.new_empty(ctx.rows, *grad.shape[1:])
         dist.reduce_scatter_tensor(local, grad[inverse], group=ctx.group)
@@ -76,7 +76,7 @@ class _Replicate(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
