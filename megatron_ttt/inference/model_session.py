@@ -46,7 +46,7 @@ from megatron_ttt.model.sequence_layout import (
     take_ranges,
 )
 from megatron_ttt.parallel.broadcast import broadcast_from
-from megatron_ttt.parallel.collectives import gather_sequence
+from megatron_ttt.parallel.collectives import gather_sequences
 from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
 from megatron_ttt.parallel.scan_group import ScanGroup
 
@@ -202,8 +202,7 @@ class ModelSession:
         ranges = None
         if self._split is not None:
             ranges, order = self._split.ranges, self._split.order
-            key = gather_sequence(key, group=self.cp_group, order=order)
-            value = gather_sequence(value, group=self.cp_group, order=order)
+            key, value = gather_sequences(key, value, group=self.cp_group, order=order)
         attended = self.attention[layer].attend(
             query.transpose(0, 1),
             key.transpose(0, 1),

@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ttt.model.sequence_layout import SequenceLayout
-from megatron_ttt.parallel.collectives import gather_sequence
+from megatron_ttt.parallel.collectives import gather_sequences
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 512, 64
 
@@ -115,8 +115,7 @@ class TorchAttention(MegatronModule):
             return layout.session.attend(
                 self.layer, query, key, value, window=self.window, scale=self.scale
             )
-        key = gather_sequence(key, group=self.cp_group, order=layout.order)
-        value = gather_sequence(value, group=self.cp_group, order=layout.order)
+        key, value = gather_sequences(key, value, group=self.cp_group, order=layout.order)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         outputs, offset = [], 0
         for start, end in layout.ranges:

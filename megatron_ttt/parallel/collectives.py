@@ -12,44 +12,59 @@ from torch import Tensor
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
 
 
-class _GatherSequence(torch.autograd.Function):
+class _GatherSequences(torch.autograd.Function):
     """Forward: all-gather along dimension 0. Backward: reduce-scatter of everyone's gradient.
 
-    ``torch.distributed.nn.functional.all_gather`` would serve, but its backward fails on
-    subgroups of the world.
+    All tensors are in flight together. ``torch.distributed.nn.functional.all_gather`` would serve,
+    but its backward fails on subgroups of the world.
     """
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, index: Tensor, inverse: Tensor, group: Any) -> Tensor:
-        ctx.group, ctx.rows = group, local.shape[0]
+    def forward(
+        ctx: Any, index: Tensor, inverse: Tensor, group: Any, *local: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.group = group
         ctx.save_for_backward(inverse)
-        gathered = local.new_empty(local.shape[0] * group.size(), *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        return gathered[index]
+        gathered = [part.new_empty(len(index), *part.shape[1:]) for part in local]
+        flights = [
+            dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True)
+            for whole, part in zip(gathered, local, strict=True)
+        ]
+        for flight in flights:
+            flight.wait()
+        return tuple(whole[index] for whole in gathered)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (inverse,) = ctx.saved_tensors
-        local = grad.new_empty(ctx.rows, *grad.shape[1:])
-        dist.reduce_scatter_tensor(local, grad[inverse], group=ctx.group)
-        return local, None, None, None
+        rows = len(inverse) // ctx.group.size()
+        local = [grad.new_empty(rows, *grad.shape[1:]) for grad in grads]
+        # The reordered gradients are kept until they have been sent.
+        ordered = [grad[inverse] for grad in grads]
+        flights = [
+            dist.reduce_scatter_tensor(part, whole, group=ctx.group, async_op=True)
+            for part, whole in zip(local, ordered, strict=True)
+        ]
+        for flight in flights:
+            flight.wait()
+        return None, None, None, *local
 
 
-def gather_sequence(local: Tensor, *, group: Any, order: SequenceOrder) -> Tensor:
-    """The whole sequence from every rank's tokens.
+def gather_sequences(*local: Tensor, group: Any, order: SequenceOrder) -> tuple[Tensor, ...]:
+    """The whole sequence of each tensor from every rank's tokens, all gathered at the same time.
 
     Args:
-        local: ``[L, ...]``, this rank's tokens in memory order (its spans, one after another).
+        local: ``[L, ...]`` each, this rank's tokens in memory order (its spans, one after another).
         group: context-parallel group; ``None`` or of one rank returns ``local``.
         order: how spans are dealt to ranks.
 
     Returns:
-        ``[T, ...]`` in sequence order on every rank. The gradient of a token is summed over the
-        ranks that used it and returned to its owner.
+        ``[T, ...]`` each, in sequence order on every rank. The gradient of a token is summed over
+        the ranks that used it and returned to its owner.
     """
     if group is None or group.size() == 1:
         return local
-    length = local.shape[0] * group.size()
+    length = local[0].shape[0] * group.size()
     # Place i of the rank-major gather holds token source[i]; index undoes it.
     source = torch.cat(
         [
@@ -57,10 +72,11 @@ def gather_sequence(local: Tensor, *, group: Any, order: SequenceOrder) -> Tenso
             for rank in range(group.size())
             for start, end in token_ranges(rank, group.size(), order, length)
         ]
-    ).to(local.device)
+    ).to(local[0].device)
     index = torch.empty_like(source)
-    index[source] = torch.arange(length, device=local.device)
-    return _GatherSequence.apply(local, index, source, group)
+    index[source] = torch.arange(length, device=source.device)
+    whole: tuple[Tensor, ...] = _GatherSequences.apply(index, source, group, *local)
+    return whole
 
 
 class _Replicate(torch.autograd.Function):
