@@ -148,7 +148,7 @@ def sequence_layout(
         positions = positions - start_places.cummax(dim=1).values
     plan = exchange = None
     if chunk_size is not None:
-        whole = plan_chunks(
+        plan = plan_chunks(
             document_starts if reset_fast_weights else None,
             batch=batch,
             length=length,
@@ -157,16 +157,9 @@ def sequence_layout(
             padding_BT=padding,
             device=device,
         )
-        plan = whole
         if ranks > 1:
-            plan = whole.select_tokens(ranges)
-            exchange = SpanExchange(
-                whole.span_keeps(total_spans(ranks, scan.order)),
-                order=scan.order,
-                group=scan.group,
-                algorithm=scan.algorithm,
-                comm_dtype=scan.message_dtype,
-            )
+            exchange = _exchange(plan, scan)
+            plan = plan.select_tokens(ranges)
     return SequenceLayout(
         qkv_format="sbhd",
         max_seqlen_q=length,
@@ -178,4 +171,18 @@ def sequence_layout(
         documents=document_starts.cumsum(1).to(device, torch.int32) if mask_attention else None,
         plan=plan,
         exchange=exchange,
+    )
+
+
+def _exchange(whole_rows: ChunkPlan, scan: ScanSettings) -> SpanExchange:
+    """The exchange of a micro-batch; every rank knows every span's keep from the whole rows."""
+    spans = total_spans(scan.group.ranks, scan.order)
+    # From the plan's integers, not its tensors: those may lie on a device that is busy.
+    keeps_NB = torch.tensor([blocks.keeps for blocks in whole_rows.blocks], dtype=torch.float64)
+    return SpanExchange(
+        keeps_NB.unflatten(0, (spans, -1)).prod(dim=1),
+        order=scan.order,
+        group=scan.group,
+        algorithm=scan.algorithm,
+        comm_dtype=scan.message_dtype,
     )
