@@ -1,6 +1,6 @@
 """Every layout trains the same model: gradients at step 1, twenty losses, gradient norms.
 
-Bounds are the design's (proof, point 2): 1e-4 relative norm for every parameter's gradient before
+Bounds: 1e-4 relative norm for every parameter's gradient before
 clipping, 2e-5 relative for each of 20 losses, 5e-4 for gradient norms, in fp32. Loss curves alone
 prove little: with AdamW a gradient twice too large moves them by less than 1e-4. So faults that
 are the typical mistakes are planted, and must be found.

@@ -1,4 +1,4 @@
-"""The cost model: the design's table, what wins where, constants on disk."""
+"""The cost model: the table of bytes, what wins where, constants on disk."""
 
 from pathlib import Path
 
