@@ -29,6 +29,21 @@ SILENCED_LOGS = (
         "it means our FastWeightMLP, which needs none of the arguments that others are given",
     ),
     (
+        "megatron.core.transformer.transformer_layer",
+        "Rewrapping ModuleSpec",
+        "the newer line's wish for plain MLPs; the older one knows only the ModuleSpec",
+    ),
+    (
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel: full_param_layout not provided",
+        "the newer line computes it itself, as it says; the older one has none",
+    ),
+    (
+        "torch.utils.cpp_extension",
+        "No CUDA runtime is found",
+        "a machine with a CUDA toolkit and no GPU runs on its CPU, as the dry run says",
+    ),
+    (
         "megatron.core.models.gpt.gpt_model",
         "GPTModel IS DEPRECATED",
         "the newer line prefers HybridModel, the older one has none; both support GPTModel",
