@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from megatron_ttt.config.derived import attention_factor
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Family, ModelConfig, RopeConfig, RopeScaling
 from megatron_ttt.conversion.families import FAMILIES
@@ -284,9 +285,9 @@ def _rope(config: dict[str, Any], where: str) -> RopeConfig:
     for field in _rope_fields(rope.scaling):
         if field != "original_max_positions" and given.get(field) is not None:
             setattr(rope, field, float(given.pop(field)))
-    usual = {"truncate": True}
+    usual: dict[str, Any] = {"truncate": True}
     if kind == "yarn":
-        usual["attention_factor"] = 0.1 * math.log(rope.factor) + 1.0  # type: ignore[assignment]
+        usual["attention_factor"] = attention_factor(rope)
     unknown = {
         key: value
         for key, value in given.items()

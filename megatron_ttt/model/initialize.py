@@ -78,7 +78,6 @@ def initialize(
     tp_rank: int,
     tp_size: int,
     draw: Draw,
-    only: Callable[[str], bool] = lambda name: True,
 ) -> None:
     """Fill this rank's parameters with their slices of the whole drawn tensors.
 
@@ -88,11 +87,8 @@ def initialize(
         vocab_size: real rows of the vocabulary; rows that pad it become 0.
         tp_rank, tp_size: this rank's slice.
         draw: gives a whole tensor for (name, shape, generator).
-        only: which names to fill.
     """
     for name, parameter in global_parameters(model):
-        if not only(name):
-            continue
         axis = sharded_dim(parameter)
         shape = list(parameter.shape)
         if axis is not None:

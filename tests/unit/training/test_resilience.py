@@ -34,6 +34,10 @@ def test_echoes_of_one_request_do_not_end_the_process(clock: list[float]) -> Non
     for _ in range(3):
         request.hear(signal.SIGTERM, None)
         clock[0] += ECHO_SECONDS / 3
+    # They were one request, heard when the first came: later on the next one counts as a second.
+    clock[0] += ECHO_SECONDS
+    with pytest.raises(Left):
+        request.hear(signal.SIGTERM, None)
 
 
 def test_a_second_request_ends_it_at_once(clock: list[float]) -> None:
