@@ -94,8 +94,31 @@ def summary_scales(
     return scale_BN
 
 
-def scale_targets(targets_BTD: Tensor, scale_BN: Tensor | None, plan: ChunkPlan) -> Tensor:
-    """Fold the chunks' factors into their written targets; others are never read and stay."""
+def scaled_targets(
+    keys_BTF: Tensor,
+    targets_BTD: Tensor,
+    weight_DF: Tensor,
+    *,
+    plan: ChunkPlan,
+    learning_rate: float,
+    clip: Clip | None,
+    normalize: Normalize,
+    reduce_sums: ReduceSums | None,
+) -> Tensor:
+    """Targets with their chunks' factors folded in; those that are never written stay.
+
+    Arguments as in :func:`summary_scales`; the result is differentiable in the targets alone.
+    """
+    scale_BN = summary_scales(
+        keys_BTF,
+        targets_BTD,
+        weight_DF,
+        plan=plan,
+        learning_rate=learning_rate,
+        clip=clip,
+        normalize=normalize,
+        reduce_sums=reduce_sums,
+    )
     if scale_BN is None:
         return targets_BTD
     # Only written rows: a factor of one document must not touch (or poison) another's gradient.

@@ -21,8 +21,7 @@ from megatron_ttt.fast_weights.scale import (
     Clip,
     Normalize,
     ReduceSums,
-    scale_targets,
-    summary_scales,
+    scaled_targets,
 )
 from megatron_ttt.fast_weights.sweeps import CarryExchange, FastWeightScan, ScanCall
 
@@ -136,7 +135,7 @@ def fast_weight_spans(
         raise ValueError(
             f"{plan.length} tokens are not {spans} equal spans of whole chunks of {plan.chunk_size}"
         )
-    scale_BN = summary_scales(
+    scaled_BTD = scaled_targets(
         keys_BTF,
         targets_BTD,
         weight_DF,
@@ -148,7 +147,7 @@ def fast_weight_spans(
     )
     outputs_BTD, state_BDF, squares_BN = FastWeightScan.apply(
         keys_BTF,
-        scale_targets(targets_BTD, scale_BN, plan),
+        scaled_BTD,
         weight_DF,
         carry_BDF,
         ScanCall(plan, learning_rate, spans, exchange),
@@ -188,7 +187,7 @@ def flush(
         device=keys_BTF.device,
     )
     _check_inputs(keys_BTF, targets_BTD, weight_DF, state_BDF, plan)
-    scale_BN = summary_scales(
+    scaled_BTD = scaled_targets(
         keys_BTF,
         targets_BTD,
         weight_DF,
@@ -201,7 +200,7 @@ def flush(
     # A rate of 0 leaves the outputs to the dense path; only the state is wanted here.
     _, written_BDF, _ = FastWeightScan.apply(
         keys_BTF,
-        scale_targets(targets_BTD, scale_BN, plan),
+        scaled_BTD,
         weight_DF,
         state_BDF,
         ScanCall(plan, 0.0, 1, None),
