@@ -1,0 +1,73 @@
+"""How a trained checkpoint is read: its own update rule, or a changed one. No torch.
+
+The update rule of a checkpoint is part of what was trained; reading it under another one is how
+its choice is examined (ablations) and how a bad one is tamed (``decay``, ``clip``).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.schema import ClipConfig, ClipMode, TTTConfig, TTTMode
+
+
+class ReadingMode(Enum):
+    """Which of a checkpoint's two readings are wanted; ``both`` compares them."""
+
+    both = "both"
+    in_place = "in_place"
+    off = "off"
+
+
+@dataclass
+class ClipChanges:
+    """Keys ``ttt.clip.*``; null: as the checkpoint says."""
+
+    mode: ClipMode | None = None
+    bound: float | None = None
+
+
+@dataclass
+class ReadingRule:
+    """Keys ``ttt.*`` of a program that reads a checkpoint; null: as the checkpoint says."""
+
+    mode: ReadingMode = ReadingMode.both
+    eta: float | None = None
+    chunk_size: int | None = None
+    decay: float | None = None
+    clip: ClipChanges = field(default_factory=ClipChanges)
+
+
+def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
+    """The checkpoint's update rule with the keys of ``rule`` that are set."""
+    clip = ClipConfig(
+        mode=ttt.clip.mode if rule.clip.mode is None else rule.clip.mode,
+        bound=ttt.clip.bound if rule.clip.bound is None else rule.clip.bound,
+    )
+    changes = {
+        name: value
+        for name in ("eta", "chunk_size", "decay")
+        if (value := getattr(rule, name)) is not None
+    }
+    return replace(ttt, clip=clip, **changes)
+
+
+def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
+    """The readings that are asked for, fast weights first.
+
+    A checkpoint without fast weights has one reading: ``both`` is then ``off``.
+    """
+    if ttt.mode is TTTMode.off or mode is ReadingMode.off:
+        return [TTTMode.off]
+    return [TTTMode.in_place] if mode is ReadingMode.in_place else [TTTMode.in_place, TTTMode.off]
+
+
+def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
+    """What no update rule may be; whether it fits the checkpoint is not asked here."""
+    if rule.chunk_size is not None and rule.chunk_size < 1:
+        yield Fault("ttt.chunk_size", rule.chunk_size, "must be at least 1")
+    if rule.decay is not None and not 0 < rule.decay <= 1:
+        yield Fault("ttt.decay", rule.decay, "must lie in (0, 1]; 1 keeps everything")
+    if rule.clip.bound is not None and not rule.clip.bound > 0:
+        yield Fault("ttt.clip.bound", rule.clip.bound, "must be above 0")
