@@ -8,8 +8,9 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -20,7 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.overrides import check_overrides, missing_model
+from megatron_ttt.config.overrides import (
+    check_overrides,
+    group_options,
+    missing_key,
+    missing_model,
+)
 from megatron_ttt.config.run_directory import run_directory_faults
 from megatron_ttt.config.schema import AttentionBackend, Config, Precision
 from megatron_ttt.config.validate import validate
@@ -31,8 +37,35 @@ HYDRA_VERSION = "1.3"  # of Hydra's behaviour, not of the package
 _INFORMING_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
 
 
+AnyConfig = TypeVar("AnyConfig")
+
+
+@dataclass(frozen=True)
+class Root(Generic[AnyConfig]):
+    """A root file of ``configs/`` and the dataclass that owns its keys.
+
+    Attributes:
+        name: of the file, without its ending.
+        schema: the dataclass.
+        schema_name: by which the file's ``defaults`` refer to it.
+        grouped: whether the folders of ``configs/`` are groups of this root.
+    """
+
+    name: str
+    schema: type[AnyConfig]
+    schema_name: str
+    grouped: bool
+
+    def groups(self, config_dir: Path) -> dict[str, list[str]]:
+        """The groups with the names of their files; none where the folders mean nothing."""
+        return group_options(config_dir) if self.grouped else {}
+
+
+PRETRAINING = Root("config", Config, "schema", grouped=True)
+
+
 def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> Config:
-    """The composed configuration, complete and of the right types, not yet validated.
+    """The composed configuration of a training run, complete, typed, not yet validated.
 
     Args:
         overrides: in Hydra's grammar, for example ``["+model=tiny", "train.steps=10"]``.
@@ -41,40 +74,54 @@ def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> C
     Raises:
         ConfigError: an unknown key, option or value, or no model; every one of them listed.
     """
-    faults = check_overrides(overrides, config_dir)
+    return compose_root(PRETRAINING, overrides, config_dir=config_dir)
+
+
+def compose_root(
+    root: Root[AnyConfig], overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR
+) -> AnyConfig:
+    """What :func:`load_config` does, for any root file.
+
+    Raises:
+        ConfigError: an unknown key, option or value, or a missing one; every one of them listed.
+    """
+    faults = check_overrides(overrides, root.groups(config_dir), schema=root.schema)
     if faults:
         raise ConfigError(faults)
-    register_schema()
+    register_schema(root)
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base=HYDRA_VERSION):
-            composed = compose("config", overrides=list(overrides))
+            composed = compose(root.name, overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_hydra_fault(error, overrides)]) from error
-    return config_of(composed, config_dir=config_dir)
+    return config_of(composed, root, config_dir=config_dir)
 
 
-def config_of(composed: DictConfig, *, config_dir: Path = CONFIG_DIR) -> Config:
+def config_of(
+    composed: DictConfig, root: Root[AnyConfig], *, config_dir: Path = CONFIG_DIR
+) -> AnyConfig:
     """The dataclass of what Hydra composed.
 
     Raises:
-        ConfigError: no model, a missing value, or an interpolation that cannot be resolved.
+        ConfigError: a missing value (of a run: no model), or an interpolation that cannot be
+            resolved.
     """
-    if OmegaConf.is_missing(composed.model, "name"):
+    if "model" in root.groups(config_dir) and OmegaConf.is_missing(composed.model, "name"):
         raise ConfigError([missing_model(config_dir)])
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ConfigError([Fault(key, "???", "must be given") for key in missing])
+            raise ConfigError([missing_key(key, root.schema) for key in missing])
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError([_hydra_fault(error, [])]) from error
-    assert isinstance(config, Config)
+    assert isinstance(config, root.schema)
     return config
 
 
-def register_schema() -> None:
-    """Makes the dataclasses known to Hydra under the name that ``config.yaml`` refers to."""
-    ConfigStore.instance().store(name="schema", node=Config)
+def register_schema(root: Root[Any]) -> None:
+    """Makes the dataclasses known to Hydra under the name that the root file refers to."""
+    ConfigStore.instance().store(name=root.schema_name, node=root.schema)
 
 
 def to_yaml(config: Config) -> str:
@@ -93,7 +140,7 @@ def from_yaml(text: str) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError([_hydra_fault(error, [])]) from error
     assert isinstance(merged, DictConfig)
-    return config_of(merged)
+    return config_of(merged, PRETRAINING)
 
 
 def check(config: Config, *, world_size: int) -> None:
@@ -128,23 +175,17 @@ def run_with_config(
     *,
     config_dir: Path = CONFIG_DIR,
 ) -> int:
-    """Runs ``main`` with the checked configuration that ``argv`` describes.
+    """Runs ``main`` with the checked configuration of a training run that ``argv`` describes.
 
-    Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
-    ``--multirun`` sweeps; ``run.dry_run=true`` prints what would be built instead of running
-    ``main``. The environment variables that ``torchrun`` sets are read here only.
+    As :func:`run_program`; ``run.dry_run=true`` prints what would be built instead of running
+    ``main``.
 
     Args:
         main: the program; ``None`` counts as success.
         argv: the arguments without the program's name.
         config_dir: folder of ``config.yaml`` and its groups.
-
-    Returns:
-        The exit status: that of ``main``; 2 for a mistake of the user, which rank 0 has
-        printed to stderr, one line per fault.
     """
     ranks = os.environ.get("WORLD_SIZE")
-    speaks = int(os.environ.get("RANK", "0")) == 0
 
     def start(config: Config) -> int:
         # a dry run without torchrun shows the smallest run: one copy of the model
@@ -152,43 +193,71 @@ def run_with_config(
         world_size = alone if ranks is None else int(ranks)
         check(config, world_size=world_size)
         if config.run.dry_run:
-            if speaks:
+            if _speaks():
                 print(describe(config, world_size=world_size))
             return 0
         return main(config) or 0
 
+    return run_program(PRETRAINING, start, argv, config_dir=config_dir)
+
+
+def run_program(
+    root: Root[AnyConfig],
+    start: Callable[[AnyConfig], int],
+    argv: Sequence[str],
+    *,
+    config_dir: Path = CONFIG_DIR,
+) -> int:
+    """Runs ``start`` with the configuration that ``argv`` describes.
+
+    Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
+    ``--multirun`` sweeps. The environment variables that ``torchrun`` sets are read here only.
+
+    Returns:
+        The exit status: that of ``start``; 2 for a mistake of the user, which rank 0 has
+        printed to stderr, one line per fault.
+    """
     try:
         if any(word.startswith("-") for word in argv):
-            return _run_with_flags(start, argv, config_dir=config_dir)
-        return start(load_config(argv, config_dir=config_dir))
+            return _run_with_flags(root, start, argv, config_dir=config_dir)
+        return start(compose_root(root, argv, config_dir=config_dir))
     except ConfigError as error:
-        if speaks:
+        if _speaks():
             print(error, file=sys.stderr)
         return 2
 
 
+def _speaks() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _run_with_flags(
-    start: Callable[[Config], int], argv: Sequence[str], *, config_dir: Path
+    root: Root[AnyConfig],
+    start: Callable[[AnyConfig], int],
+    argv: Sequence[str],
+    *,
+    config_dir: Path,
 ) -> int:
     """Hands the command line to Hydra itself, after our own look at its overrides."""
     if not any(flag in argv for flag in _INFORMING_FLAGS):
         words = [word for word in argv if "=" in word or word.startswith("~")]
+        groups = root.groups(config_dir)
         if "--multirun" not in argv and "-m" not in argv:
-            load_config(words, config_dir=config_dir)
-        elif faults := check_overrides(words, config_dir, sweep=True):
+            compose_root(root, words, config_dir=config_dir)
+        elif faults := check_overrides(words, groups, schema=root.schema, sweep=True):
             raise ConfigError(faults)
     statuses: list[int] = []
     faults_of_jobs: list[Fault] = []
 
     def task(composed: DictConfig) -> None:
         try:
-            statuses.append(start(config_of(composed, config_dir=config_dir)))
+            statuses.append(start(config_of(composed, root, config_dir=config_dir)))
         except ConfigError as error:  # Hydra would print a traceback
             faults_of_jobs.extend(error.faults)
 
-    register_schema()
+    register_schema(root)
     run = hydra.main(
-        version_base=HYDRA_VERSION, config_path=str(config_dir.resolve()), config_name="config"
+        version_base=HYDRA_VERSION, config_path=str(config_dir.resolve()), config_name=root.name
     )(task)
     previous = sys.argv
     sys.argv = [previous[0], *argv]  # the only place where Hydra looks

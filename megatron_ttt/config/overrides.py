@@ -32,15 +32,21 @@ def group_options(config_dir: Path) -> dict[str, list[str]]:
     }
 
 
-def check_overrides(words: Sequence[str], config_dir: Path, *, sweep: bool = False) -> list[Fault]:
+def check_overrides(
+    words: Sequence[str],
+    groups: dict[str, list[str]],
+    *,
+    schema: type = Config,
+    sweep: bool = False,
+) -> list[Fault]:
     """Faults of the command line's overrides, in its order.
 
     Args:
         words: ``key=value``, ``+group=option`` and so on, as typed.
-        config_dir: the folder of ``config.yaml`` and its groups.
+        groups: of files that can be chosen, with their names (:func:`group_options`).
+        schema: the dataclass that owns the keys.
         sweep: several values per key (``key=1,2``) are wanted.
     """
-    groups = group_options(config_dir)
     parser = OverridesParser.create()
     overrides, faults = [], []
     for word in words:
@@ -70,7 +76,7 @@ def check_overrides(words: Sequence[str], config_dir: Path, *, sweep: bool = Fal
         elif override.key_or_group in groups:
             faults += _group_faults(override, groups, chosen)
         elif not override.is_sweep_override() and not override.key_or_group.startswith("hydra"):
-            faults += _key_faults(override, groups)
+            faults += _key_faults(override, groups, schema)
     return faults
 
 
@@ -113,11 +119,19 @@ def _group_faults(
     return []
 
 
-def _key_faults(override: Override, groups: dict[str, list[str]]) -> list[Fault]:
+def missing_key(key: str, schema: type) -> Fault:
+    """The fault of a command line that leaves out a key which has no default."""
+    annotation: Any = schema
+    for part in key.split("."):
+        annotation = typing.get_type_hints(_strip_optional(annotation))[part]
+    return Fault(key, "???", f"must be given: {_expected(annotation)}")
+
+
+def _key_faults(override: Override, groups: dict[str, list[str]], schema: type) -> list[Fault]:
     """Whether the key exists in the schema and its type takes the value."""
     key = override.key_or_group
-    annotation: Any = Config
-    owner: Any = Config
+    annotation: Any = schema
+    owner: Any = schema
     known: list[str] = []
     prefix = ""
     for part in key.split("."):

@@ -120,7 +120,7 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("name", GROUPS["experiment"])
+@pytest.mark.parametrize("name", BUDGETS)
 def test_recipes_read_the_published_tokens(name: str) -> None:
     config = load_config([f"+experiment={name}"])
     budget, tokens_per_step = BUDGETS[name]

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_ttt.config.faults import ConfigError, Fault, show, suggest
 from megatron_ttt.config.load import CONFIG_DIR, from_yaml, load_config
-from megatron_ttt.config.overrides import check_overrides
+from megatron_ttt.config.overrides import check_overrides, group_options
 from megatron_ttt.config.schema import CPOrder
 
 
@@ -70,8 +70,8 @@ def test_wrong_words(words: list[str], expected: list[str]) -> None:
 
 def test_sweeps_are_values_when_asked_for() -> None:
     words = ["+model=tiny", "train.steps=1,2", "ttt=in_place,off"]
-    assert check_overrides(words, CONFIG_DIR, sweep=True) == []
-    assert len(check_overrides(words, CONFIG_DIR)) == 2
+    assert check_overrides(words, group_options(CONFIG_DIR), sweep=True) == []
+    assert len(check_overrides(words, group_options(CONFIG_DIR))) == 2
 
 
 def test_a_saved_configuration_that_does_not_fit() -> None:

@@ -1,0 +1,102 @@
+"""What an evaluation leaves behind: tables for the terminal, one JSON file, one picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from megatron_ttt.config.schema import TTTMode
+
+MODE_NAMES = {TTTMode.in_place: "ttt on", TTTMode.off: "ttt off"}
+# Of every picture: the two readings have one colour each.
+MODE_COLOURS = {TTTMode.in_place: "#c2410c", TTTMode.off: "#475569"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as they are printed: numbers are formatted by the column, None is an empty cell.
+
+    Attributes:
+        title: what is shown, with units.
+        columns: heading and format of each column (``""`` for text, else as for ``format``).
+        rows: values in the columns' order.
+    """
+
+    title: str
+    columns: Sequence[tuple[str, str]]
+    rows: Sequence[Sequence[Any]]
+
+    def rich(self) -> RichTable:
+        table = RichTable(title=self.title, title_justify="left", title_style="bold")
+        for heading, form in self.columns:
+            table.add_column(heading, justify="left" if form == "" else "right", no_wrap=True)
+        for row in self.rows:
+            cells = zip(row, self.columns, strict=True)
+            table.add_row(*("" if v is None else format(v, form) for v, (_, form) in cells))
+        return table
+
+
+@dataclass
+class Report:
+    """The result of one task, complete on the first rank.
+
+    Attributes:
+        tables: for the terminal.
+        values: everything in them and more, for the JSON file.
+        draw: draws the picture.
+        warnings: each with advice, one line.
+    """
+
+    tables: list[Table]
+    values: dict[str, Any]
+    draw: Callable[[], Figure] | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Tables, then warnings."""
+    for table in report.tables:
+        console.print(table.rich())
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(report: Report, folder: Path, *, name: str, about: dict[str, Any]) -> list[Path]:
+    """``NAME.json`` and ``NAME.png`` in ``folder``, each whole or as it was before.
+
+    Args:
+        report: what to write.
+        folder: made if it is missing.
+        name: of the task.
+        about: which checkpoint, settings and versions the values belong to.
+
+    Returns:
+        The files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {**about, **report.values, "warnings": report.warnings}
+    path = folder / f"{name}.json"
+    _replace(path, lambda beside: beside.write_text(json.dumps(document, indent=1) + "\n"))
+    files = [path]
+    if report.draw is not None:
+        figure, path = report.draw(), folder / f"{name}.png"
+        _replace(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+        files.append(path)
+    return files
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""The keys of ``tools/evaluate.py``: one owner for each, its type and its default. No torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.load import Root
+from megatron_ttt.config.reading import ReadingRule, rule_faults
+from megatron_ttt.config.schema import CPOrder, Precision, ScanAlgorithm
+
+
+class EvaluationTask(Enum):
+    perplexity = "perplexity"
+    ruler = "ruler"
+    needles = "needles"
+    speed = "speed"
+    health = "health"
+
+
+class RulerTask(Enum):
+    """The kinds of RULER (arXiv 2404.06654), generated offline."""
+
+    niah_single = "niah_single"
+    niah_multikey = "niah_multikey"
+    niah_multivalue = "niah_multivalue"
+    niah_multiquery = "niah_multiquery"
+    variable_tracking = "variable_tracking"
+    common_words = "common_words"
+    frequent_words = "frequent_words"
+    question_answering = "question_answering"
+
+
+class DataSplit(Enum):
+    """Which documents of an indexed dataset are read; ``all`` for a corpus that is only evaluated.
+
+    The shares are those of ``data.shares``, or of the run that wrote the checkpoint.
+    """
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+    all = "all"
+
+
+@dataclass
+class EvaluationParallel:
+    """The rest of the world is data parallel: documents and samples are dealt to its ranks."""
+
+    tp: int = 1
+    cp: int = 1
+    cp_order: CPOrder = CPOrder.zigzag
+    scan: ScanAlgorithm = ScanAlgorithm.auto
+    timeout_s: int = 1800
+
+
+@dataclass
+class EvaluationData:
+    """Held-out text. null everywhere: the validation documents of the checkpoint's own run."""
+
+    path: Any = None  # prefix of .bin/.idx, or text, JSONL and Parquet files; one or a list
+    split: DataSplit = DataSplit.validation  # of indexed data; files are read whole
+    shares: str | None = None  # as data.split of the run; null: the run's
+    tokenizer: str | None = None  # bytes, or a folder or hub name; null: the checkpoint's
+
+
+@dataclass
+class PerplexityConfig:
+    """Loss by position, and by the length of the context before the same scored tokens."""
+
+    length: int | None = None  # tokens of a row; null: the length the checkpoint was trained at
+    documents: int = 64  # rows, each the start of one document
+    batch_size: int = 4
+    bins: int = 16  # positions are averaged over length/bins tokens
+    contexts: list[int] | None = None  # context lengths to compare; null: length, /2, /4, ...
+    scored: int | None = None  # last tokens of a row that every context length predicts
+
+
+@dataclass
+class RulerConfig:
+    tasks: list[RulerTask] | None = None  # null: all
+    lengths: list[int] = field(default_factory=lambda: [4096])  # tokens, answer included
+    samples: int = 20  # per task and length
+    haystack: str | None = None  # text file to hide needles in; null: repeated noise
+    batch_size: int = 1
+
+
+@dataclass
+class NeedlesConfig:
+    """One needle at every depth and length."""
+
+    lengths: list[int] = field(default_factory=lambda: [1024, 2048, 4096])
+    depths: int = 11  # evenly from 0 (the start) to 1 (the end)
+    samples: int = 5  # per cell
+    haystack: str | None = None
+    batch_size: int = 1
+
+
+@dataclass
+class SpeedConfig:
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096])  # tokens of the prompt
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    new_tokens: int = 64
+    repeats: int = 5
+
+
+@dataclass
+class HealthConfig:
+    length: int | None = None  # tokens of a row; null: the length the checkpoint was trained at
+    documents: int = 8
+    positions: int = 8  # places along the row that are reported
+
+
+@dataclass
+class EvaluationConfig:
+    task: EvaluationTask = MISSING
+    checkpoint: str = MISSING  # run folder, checkpoint folder, or hf:FOLDER of an exported model
+    output: str | None = None  # folder; null: RUN/evaluation/TASK, or outputs/evaluation/NAME/TASK
+    beyond_positions: bool = False  # read more tokens than the model has positions
+    precision: Precision = Precision.auto
+    seed: int = 1234  # of generated samples
+    ttt: ReadingRule = field(default_factory=ReadingRule)
+    parallel: EvaluationParallel = field(default_factory=EvaluationParallel)
+    data: EvaluationData = field(default_factory=EvaluationData)
+    perplexity: PerplexityConfig = field(default_factory=PerplexityConfig)
+    ruler: RulerConfig = field(default_factory=RulerConfig)
+    needles: NeedlesConfig = field(default_factory=NeedlesConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
+
+
+EVALUATION = Root("evaluation", EvaluationConfig, "evaluation_schema", grouped=False)
+
+
+def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
+    """What types cannot say, as far as no checkpoint has to be opened for it."""
+    faults = list(rule_faults(config.ttt))
+    for key, value in _positive(config):
+        numbers = value if isinstance(value, list) else [value]
+        if not numbers:
+            faults.append(Fault(key, value, "is empty"))
+        elif any(number is not None and number < 1 for number in numbers):
+            faults.append(Fault(key, value, "must be at least 1"))
+    return faults
+
+
+def _positive(config: EvaluationConfig) -> Iterator[tuple[str, Any]]:
+    for section in ("parallel", "perplexity", "ruler", "needles", "speed", "health"):
+        for name, value in vars(getattr(config, section)).items():
+            counted = isinstance(value, int) or (
+                isinstance(value, list) and all(isinstance(item, int) for item in value)
+            )
+            if counted:
+                yield f"{section}.{name}", value
+    tasks = config.ruler.tasks
+    if tasks is not None and not tasks:
+        yield "ruler.tasks", tasks

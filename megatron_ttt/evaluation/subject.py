@@ -1,0 +1,262 @@
+"""The model under evaluation: one set of weights, read with fast weights on and off."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.reading import changed_rule, modes
+from megatron_ttt.config.schema import (
+    AttentionBackend,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    Precision,
+    RunConfig,
+    Toggle,
+    TrainConfig,
+    TTTConfig,
+    TTTMode,
+)
+from megatron_ttt.config.to_megatron import transformer_config
+from megatron_ttt.config.validate import validate
+from megatron_ttt.conversion.hf_config import model_from_hf
+from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.conversion.loading import load_hf_weights
+from megatron_ttt.conversion.manifest import HF_SCHEME, described_model
+from megatron_ttt.conversion.megatron_folder import MegatronFolder
+from megatron_ttt.conversion.ttt_config import ttt_from_hf
+from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.evaluation.schema import EvaluationConfig
+from megatron_ttt.inference.megatron_backend import tokenizer_name
+from megatron_ttt.inference.model_session import ModelSession
+from megatron_ttt.model.build import build_model
+from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
+from megatron_ttt.training.checkpoint_files import LATEST
+from megatron_ttt.training.distributed import Ranks, distributed
+
+_CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint as it lies on disk.
+
+    Attributes:
+        path: the folder with the weights.
+        name: for headings and the default output folder.
+        run: the folder of the run that wrote it, if one did.
+        megatron: the opened Megatron folder; ``None`` for a Hugging Face folder.
+        model, ttt: what it says it is.
+        trained: ``data.*`` and ``train.*`` of the run that wrote it, as plain containers; empty
+            where nothing is known.
+    """
+
+    path: Path
+    name: str
+    run: Path | None
+    megatron: MegatronFolder | None
+    model: ModelConfig
+    ttt: TTTConfig
+    trained: dict[str, dict]
+
+
+def find_source(checkpoint: str) -> Source:
+    """What ``checkpoint=`` names: a run, a checkpoint folder, or ``hf:`` and a folder.
+
+    Raises:
+        ConfigError: there is none, or it does not say what it is.
+    """
+    if checkpoint.startswith(HF_SCHEME):
+        path = Path(checkpoint.removeprefix(HF_SCHEME))
+        config = HFFolder(path).config
+        model = model_from_hf(config, name=path.name, where=str(path))
+        ttt = ttt_from_hf(config, layers=model.layers, where=str(path))
+        return Source(
+            path=path,
+            name=path.name,
+            run=None,
+            megatron=None,
+            model=model,
+            ttt=TTTConfig(mode=TTTMode.off) if ttt is None else ttt,
+            trained={},
+        )
+    path = _resolve(Path(checkpoint))
+    folder = MegatronFolder(path)
+    model, ttt = described_model(folder)
+    trained = folder.facts.get("config", {})
+    parent = path.resolve().parent
+    run = parent.parent if parent.name == _CHECKPOINTS else None
+    name = path.name if run is None else run.name
+    return Source(path, name, run, folder, model, ttt, trained)
+
+
+def _resolve(path: Path) -> Path:
+    """A run's newest checkpoint, or the checkpoint folder itself."""
+    if (path / _CHECKPOINTS).is_dir():
+        path = path / _CHECKPOINTS / LATEST
+    if path.name == LATEST and path.is_file():
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    return path
+
+
+def reading_config(source: Source, config: EvaluationConfig, *, length: int) -> Config:
+    """The configuration under which a checkpoint is evaluated.
+
+    Args:
+        source: the checkpoint; the update rule is its own, changed by ``config.ttt``.
+        config: the evaluation.
+        length: tokens of the longest row.
+
+    Raises:
+        ConfigError: ranks or chunks that do not fit the model or the length.
+    """
+    model = replace(source.model, attention=AttentionBackend.torch)
+    known = source.trained.get("data", {})
+    flags = ("reset_attention", "reset_positions", "reset_fast_weights")
+    return Config(
+        run=RunConfig(name=source.name, dir="unused", resume="never"),
+        model=model,
+        ttt=changed_rule(source.ttt, config.ttt),
+        data=DataConfig(path="unused", **{flag: known[flag] for flag in flags if flag in known}),
+        parallel=ParallelConfig(
+            tp=config.parallel.tp,
+            cp=config.parallel.cp,
+            cp_order=config.parallel.cp_order,
+            scan=config.parallel.scan,
+            timeout_s=config.parallel.timeout_s,
+            sequence_parallel=Toggle.off,
+        ),
+        train=TrainConfig(
+            seq_length=length, global_batch_size=1, precision=config.precision, seed=config.seed
+        ),
+    )
+
+
+def check_reading(config: Config, *, length: int, longer: bool, key: str) -> None:
+    """Whether rows of that length can be read.
+
+    Args:
+        config: from :func:`reading_config`.
+        length: tokens of the longest row.
+        longer: rows beyond the model's positions are wanted.
+        key: which configuration key the length came from.
+
+    Raises:
+        ConfigError: one fault per mistake.
+    """
+    if length > config.model.max_positions and not longer:
+        message = (
+            f"{config.model.name} has {config.model.max_positions} positions;"
+            " beyond_positions=true reads on regardless"
+        )
+        raise ConfigError([Fault(key, length, message)])
+    # what a training run is checked for, on a model of enough positions
+    model = replace(config.model, max_positions=max(length, config.model.max_positions))
+    world = config.parallel.tp * config.parallel.cp
+    faults = validate(replace(config, model=model), world, cuda=False)
+    if faults:
+        renamed = [replace(f, key=key) if f.key == "train.seq_length" else f for f in faults]
+        raise ConfigError(renamed)
+
+
+@dataclass
+class Subject:
+    """A loaded model on this rank.
+
+    Attributes:
+        source: where it came from.
+        config: how it is read (``ttt.mode`` as trained).
+        ranks: this rank among the others.
+        model: in ``eval`` mode.
+        modes: the readings that are compared, fast weights first.
+        tokenizer: that belongs to it; ``None`` where nobody says.
+        seed: of everything that is drawn.
+    """
+
+    source: Source
+    config: Config
+    ranks: Ranks
+    model: InPlaceTTTModel
+    modes: list[TTTMode]
+    tokenizer: Tokenizer | None
+    seed: int
+
+    def new_session(self, mode: TTTMode, *, batch: int) -> ModelSession:
+        """A session of ``batch`` rows that has read nothing."""
+        return ModelSession(
+            self.model,
+            self.config,
+            self.ranks.groups,
+            batch=batch,
+            device=self.ranks.device,
+            mode=mode,
+        )
+
+    def need_tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            ConfigError: nobody says which tokenizer the model belongs to.
+        """
+        if self.tokenizer is None:
+            message = f"{self.source.path} names none; give bytes, or a tokenizer's folder"
+            raise ConfigError([Fault("data.tokenizer", None, message)])
+        return self.tokenizer
+
+
+@contextmanager
+def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> Iterator[Subject]:
+    """Load the weights on every rank of the job.
+
+    Args:
+        source: the checkpoint.
+        config: the evaluation.
+        length: tokens of the longest row.
+
+    Raises:
+        ConfigError: the folder cannot be loaded, or its tokenizer cannot.
+    """
+    reading = reading_config(source, config, length=length)
+    tokenizer = _tokenizer(source, config.data.tokenizer)
+    # Advice about overlapping the reduction of gradients; reading has none.
+    warnings.filterwarnings("ignore", message="When using async grad allreduce")
+    with distributed(reading) as ranks:
+        transformer = transformer_config(reading, device_is_cuda=ranks.device.type == "cuda")
+        model = build_model(reading, transformer, ranks.groups).to(ranks.device).eval()
+        if source.megatron is None:
+            tp = ranks.groups.tp
+            load_hf_weights(source.path, model, reading, tp_rank=tp.rank(), tp_size=tp.size())
+        else:
+            try:
+                load_model(source.path, model, ranks=ranks)
+            except UnfitCheckpoint as error:
+                raise ConfigError([Fault("checkpoint", source.path, str(error))]) from error
+        yield Subject(
+            source=source,
+            config=reading,
+            ranks=ranks,
+            model=model,
+            modes=modes(reading.ttt, config.ttt.mode),
+            tokenizer=tokenizer,
+            seed=config.seed,
+        )
+
+
+def _tokenizer(source: Source, wanted: str | None) -> Tokenizer | None:
+    name = wanted
+    if name is None and source.megatron is not None:
+        name = tokenizer_name(source.megatron)
+    if name is None and (source.path / "tokenizer.json").is_file():
+        name = str(source.path)
+    if name is None:
+        return None
+    try:
+        return load_tokenizer("bytes") if name == "bytes" else load_tokenizer("huggingface", name)
+    except ValueError as error:
+        raise ConfigError([Fault("data.tokenizer", name, str(error))]) from error
