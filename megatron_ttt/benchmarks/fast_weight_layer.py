@@ -13,21 +13,18 @@ Shape suffixes: T tokens, D hidden, F ffn, N chunks, C tokens of a chunk.
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_ttt.evaluation.memory import peak_bytes
 from megatron_ttt.fast_weights import fast_weight_linear
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -181,24 +178,7 @@ class _Layer:
 
     def peak_bytes(self, variant: Variant) -> int:
         """The most that one run holds beyond its inputs, results still alive included."""
-        if self.problem.device == "cuda":
-            self._synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self.run(variant)
-            self._synchronize()
-            return torch.cuda.max_memory_allocated() - before
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with (
-            _silent_stderr(),
-            torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-        ):
-            self.run(variant)
-        results = profile.profiler.kineto_results if profile.profiler else None
-        assert results is not None
-        events = [event for event in results.events() if event.name() == "[memory]"]
-        events.sort(key=lambda event: event.start_ns())
-        return max(accumulate((event.nbytes() for event in events), initial=0))
+        return peak_bytes(lambda: self.run(variant), torch.device(self.problem.device))
 
     def gemm(self) -> None:
         """One product of tokens x hidden x ffn: its best time is the machine's own rate."""
@@ -208,20 +188,6 @@ class _Layer:
     def _synchronize(self) -> None:
         if self.problem.device == "cuda":
             torch.cuda.synchronize()
-
-
-@contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's library reports its starts and stops there, below Python."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def largest_difference(layer: _Layer) -> float:

@@ -7,9 +7,10 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
@@ -35,12 +36,23 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
     def rich(self) -> RichTable:
-        table = RichTable(title=self.title, title_justify="left", title_style="bold")
-        for heading, form in self.columns:
-            table.add_column(heading, justify="left" if form == "" else "right", no_wrap=True)
-        for row in self.rows:
-            cells = zip(row, self.columns, strict=True)
-            table.add_row(*("" if v is None else format(v, form) for v, (_, form) in cells))
+        """For a terminal: headings may wrap, values never do."""
+        cells = [
+            [
+                "" if v is None else format(v, form)
+                for v, (_, form) in zip(row, self.columns, strict=True)
+            ]
+            for row in self.rows
+        ]
+        table = RichTable(
+            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        )
+        for place, (heading, form) in enumerate(self.columns):
+            widest = max((len(row[place]) for row in cells), default=1)
+            justify: Literal["left", "right"] = "left" if form == "" else "right"
+            table.add_column(heading, justify=justify, min_width=widest)
+        for row in cells:
+            table.add_row(*row)
         return table
 
 

@@ -46,6 +46,16 @@ class DataSplit(Enum):
     all = "all"
 
 
+class RowKind(Enum):
+    """``documents``: every row is the start of one. ``packed``: one after another, as in training.
+
+    Packed, what does not cross a boundary is what did not in the run that wrote the checkpoint.
+    """
+
+    documents = "documents"
+    packed = "packed"
+
+
 @dataclass
 class EvaluationParallel:
     """The rest of the world is data parallel: documents and samples are dealt to its ranks."""
@@ -63,6 +73,7 @@ class EvaluationData:
 
     path: Any = None  # prefix of .bin/.idx, or text, JSONL and Parquet files; one or a list
     split: DataSplit = DataSplit.validation  # of indexed data; files are read whole
+    rows: RowKind = RowKind.documents
     shares: str | None = None  # as data.split of the run; null: the run's
     tokenizer: str | None = None  # bytes, or a folder or hub name; null: the checkpoint's
 
@@ -72,7 +83,7 @@ class PerplexityConfig:
     """Loss by position, and by the length of the context before the same scored tokens."""
 
     length: int | None = None  # tokens of a row; null: the length the checkpoint was trained at
-    documents: int = 64  # rows, each the start of one document
+    rows: int = 64
     batch_size: int = 4
     bins: int = 16  # positions are averaged over length/bins tokens
     contexts: list[int] | None = None  # context lengths to compare; null: length, /2, /4, ...
@@ -110,7 +121,7 @@ class SpeedConfig:
 @dataclass
 class HealthConfig:
     length: int | None = None  # tokens of a row; null: the length the checkpoint was trained at
-    documents: int = 8
+    rows: int = 8
     positions: int = 8  # places along the row that are reported
 
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.reading import changed_rule, modes
 from megatron_ttt.config.schema import (
@@ -16,7 +18,6 @@ from megatron_ttt.config.schema import (
     DataConfig,
     ModelConfig,
     ParallelConfig,
-    Precision,
     RunConfig,
     Toggle,
     TrainConfig,
@@ -39,7 +40,7 @@ from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
 from megatron_ttt.training.checkpoint_files import LATEST
-from megatron_ttt.training.distributed import Ranks, distributed
+from megatron_ttt.training.distributed import Ranks, distributed, world
 
 _CHECKPOINTS = "checkpoints"
 
@@ -106,20 +107,23 @@ def _resolve(path: Path) -> Path:
     return path
 
 
-def reading_config(source: Source, config: EvaluationConfig, *, length: int) -> Config:
+def reading_config(
+    source: Source, config: EvaluationConfig, *, length: int, world_size: int
+) -> Config:
     """The configuration under which a checkpoint is evaluated.
 
     Args:
         source: the checkpoint; the update rule is its own, changed by ``config.ttt``.
         config: the evaluation.
         length: tokens of the longest row.
+        world_size: ranks of the job.
 
     Raises:
         ConfigError: ranks or chunks that do not fit the model or the length.
     """
     model = replace(source.model, attention=AttentionBackend.torch)
     known = source.trained.get("data", {})
-    flags = ("reset_attention", "reset_positions", "reset_fast_weights")
+    flags = ("reset_attention", "reset_positions", "reset_fast_weights", "mask_document_end")
     return Config(
         run=RunConfig(name=source.name, dir="unused", resume="never"),
         model=model,
@@ -134,33 +138,39 @@ def reading_config(source: Source, config: EvaluationConfig, *, length: int) -> 
             sequence_parallel=Toggle.off,
         ),
         train=TrainConfig(
-            seq_length=length, global_batch_size=1, precision=config.precision, seed=config.seed
+            seq_length=length,
+            global_batch_size=max(1, world_size // (config.parallel.tp * config.parallel.cp)),
+            precision=config.precision,
+            seed=config.seed,
         ),
     )
 
 
-def check_reading(config: Config, *, length: int, longer: bool, key: str) -> None:
-    """Whether rows of that length can be read.
+def check_reading(
+    source: Source, config: EvaluationConfig, *, length: int, key: str, world_size: int
+) -> None:
+    """Whether rows of a length can be read by the ranks of the job.
 
     Args:
-        config: from :func:`reading_config`.
-        length: tokens of the longest row.
-        longer: rows beyond the model's positions are wanted.
+        source: the checkpoint.
+        config: the evaluation.
+        length: tokens of a row.
         key: which configuration key the length came from.
+        world_size: ranks of the job.
 
     Raises:
         ConfigError: one fault per mistake.
     """
-    if length > config.model.max_positions and not longer:
-        message = (
-            f"{config.model.name} has {config.model.max_positions} positions;"
-            " beyond_positions=true reads on regardless"
-        )
-        raise ConfigError([Fault(key, length, message)])
-    # what a training run is checked for, on a model of enough positions
-    model = replace(config.model, max_positions=max(length, config.model.max_positions))
-    world = config.parallel.tp * config.parallel.cp
-    faults = validate(replace(config, model=model), world, cuda=False)
+    reading = reading_config(source, config, length=length, world_size=world_size)
+    if length > source.model.max_positions:
+        if not config.beyond_positions:
+            message = (
+                f"{source.name} has {source.model.max_positions} positions;"
+                " beyond_positions=true reads on regardless"
+            )
+            raise ConfigError([Fault(key, length, message)])
+        reading = replace(reading, model=replace(reading.model, max_positions=length))
+    faults = validate(reading, world_size, cuda=torch.cuda.is_available())
     if faults:
         renamed = [replace(f, key=key) if f.key == "train.seq_length" else f for f in faults]
         raise ConfigError(renamed)
@@ -222,7 +232,7 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
     Raises:
         ConfigError: the folder cannot be loaded, or its tokenizer cannot.
     """
-    reading = reading_config(source, config, length=length)
+    reading = reading_config(source, config, length=length, world_size=world()[1])
     tokenizer = _tokenizer(source, config.data.tokenizer)
     # Advice about overlapping the reduction of gradients; reading has none.
     warnings.filterwarnings("ignore", message="When using async grad allreduce")

@@ -1,0 +1,147 @@
+"""From a checked command line to printed tables and written files; read :func:`evaluate` first."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from megatron_ttt.config.faults import ConfigError, Fault, show
+from megatron_ttt.conversion.manifest import HF_SCHEME
+from megatron_ttt.evaluation.perplexity import resolve_lengths, run_perplexity
+from megatron_ttt.evaluation.report import Report, print_report, write_report
+from megatron_ttt.evaluation.schema import EvaluationConfig, EvaluationTask, evaluation_faults
+from megatron_ttt.evaluation.speed import run_speed
+from megatron_ttt.evaluation.subject import (
+    Source,
+    Subject,
+    check_reading,
+    find_source,
+    open_subject,
+)
+from megatron_ttt.training.distributed import world
+
+_OUTPUTS = Path("outputs/evaluation")  # of checkpoints that no run wrote
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of evaluation.
+
+    Attributes:
+        lengths: the rows it reads, in tokens, by the key they come from.
+        run: evaluates; called on every rank.
+    """
+
+    lengths: Callable[[Source, EvaluationConfig], Mapping[str, list[int]]]
+    run: Callable[[Subject, EvaluationConfig], Report]
+
+
+def _perplexity_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
+    lengths = resolve_lengths(source, config.perplexity)
+    return {
+        "perplexity.length": [lengths.row],
+        "perplexity.contexts": list(lengths.contexts),
+    }
+
+
+def _speed_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
+    speed = config.speed
+    return {"speed.lengths": [length + speed.new_tokens for length in speed.lengths]}
+
+
+TASKS = {
+    EvaluationTask.perplexity: Task(_perplexity_lengths, run_perplexity),
+    EvaluationTask.speed: Task(_speed_lengths, run_speed),
+}
+
+
+def evaluate(config: EvaluationConfig) -> int:
+    """Evaluate every checkpoint that ``checkpoint`` names, one after another; the exit status.
+
+    Raises:
+        ConfigError: a mistake; nothing has been written for the checkpoint that it concerns.
+    """
+    faults = evaluation_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    for checkpoint in _checkpoints(config.checkpoint):
+        evaluate_checkpoint(checkpoint, config)
+    return 0
+
+
+def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
+    """One checkpoint: checked, loaded, evaluated, printed, written. Called on every rank.
+
+    Returns:
+        The report; complete on the first rank.
+
+    Raises:
+        ConfigError: see :func:`evaluate`.
+    """
+    source = find_source(checkpoint)
+    task = TASKS[config.task]
+    lengths = task.lengths(source, config)
+    for key, values in lengths.items():
+        for length in values:
+            check_reading(source, config, length=length, key=key, world_size=world()[1])
+    longest = max(length for values in lengths.values() for length in values)
+    with open_subject(source, config, length=longest) as subject:
+        console = Console(quiet=not subject.ranks.is_first)
+        console.print(f"{config.task.name} of {source.path}", highlight=False, soft_wrap=True)
+        report = task.run(subject, config)
+        print_report(report, console)
+        if subject.ranks.is_first:
+            folder = output_folder(source, config)
+            about = _about(source, subject, config)
+            files = write_report(report, folder, name=file_name(config), about=about)
+            names = ", ".join(str(file) for file in files)
+            console.print(f"wrote {names}", highlight=False, soft_wrap=True)
+    return report
+
+
+def output_folder(source: Source, config: EvaluationConfig) -> Path:
+    """``output``, or ``evaluation`` beside the run's checkpoints, or a folder of the same name."""
+    if config.output is not None:
+        return Path(config.output)
+    return source.run / "evaluation" if source.run is not None else _OUTPUTS / source.name
+
+
+def file_name(config: EvaluationConfig) -> str:
+    """The task, and what was changed of the checkpoint's own update rule."""
+    rule = asdict(config.ttt)
+    changed = {name: rule[name] for name in ("eta", "chunk_size", "decay")}
+    changed |= {f"clip.{name}": value for name, value in rule["clip"].items()}
+    parts = [f"ttt.{name}={show(value)}" for name, value in changed.items() if value is not None]
+    return ",".join([config.task.name, *parts])
+
+
+def _checkpoints(pattern: str) -> list[str]:
+    """The checkpoint named, or every folder that a pattern with ``*`` matches."""
+    if "*" not in pattern or pattern.startswith(HF_SCHEME):
+        return [pattern]
+    found = sorted(match for match in glob.glob(pattern) if Path(match).is_dir())
+    if not found:
+        raise ConfigError([Fault("checkpoint", pattern, "no folder has such a name")])
+    return found
+
+
+def _about(source: Source, subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    rule = OmegaConf.to_container(OmegaConf.structured(subject.config.ttt), enum_to_str=True)
+    return {
+        "task": config.task.name,
+        "checkpoint": str(source.path),
+        "name": source.name,
+        "evaluation": plain,
+        "ttt": rule,
+        "trained": source.trained,
+        "ranks": subject.ranks.world_size,
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+    }
