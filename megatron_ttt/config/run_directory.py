@@ -37,7 +37,7 @@ def changed_keys(saved: Mapping[Any, Any], current: Mapping[Any, Any]) -> list[s
         saved: the nested plain containers of the run's ``config.yaml``.
         current: the same of the configuration that wants to continue it.
     """
-    before, after = _flatten(saved), _flatten(current)
+    before, after = flatten(saved), flatten(current)
     return [
         key
         for key in sorted(before.keys() | after.keys())
@@ -67,7 +67,7 @@ def run_directory_faults(config: Config) -> list[Fault]:
     keys = changed_keys(saved, current)
     if not keys:
         return []
-    before, after = _flatten(saved), _flatten(current)
+    before, after = flatten(saved), flatten(current)
     differences = ", ".join(
         f"{key}={show(before.get(key))} there and {show(after.get(key))} here" for key in keys
     )
@@ -79,12 +79,12 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
 
 
-def _flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -45,7 +45,12 @@ class Table:
             for row in self.rows
         ]
         table = RichTable(
-            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+            title=self.title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
         )
         for place, (heading, form) in enumerate(self.columns):
             widest = max((len(row[place]) for row in cells), default=1)

@@ -1,0 +1,299 @@
+"""Runs against each other, over seeds: what a setting gains, and where in the text.
+
+Reads what ``task=perplexity`` wrote for each run. Runs that differ in nothing but ``train.seed``
+form one setting; a setting's gain is the mean over seeds of its loss minus that of the baseline
+(trained without fast weights) of the same seed, over the same text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_ttt.config.faults import show
+from megatron_ttt.config.run_directory import flatten
+from megatron_ttt.evaluation.report import Report, Table
+
+BASELINE = "ttt=off"
+REFERENCE = "reference"  # of the setting that differs from the most frequent values in nothing
+_COLOURS = ("#475569", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d", "#1d4ed8", "#4d7c0f")
+# What may differ between runs of one setting, and is no setting.
+_NO_SETTING = ("run", "checkpoint", "logging", "validation", "data.workers", "train.seed")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run's evaluation.
+
+    Attributes:
+        path: of the file.
+        settings: the run's configuration by dotted key, without what is no setting.
+        seed: of the run.
+        text: what has to be equal for losses to be comparable.
+        starts: first position of each bin.
+        window: of the attention, tokens; 0: no window.
+        losses: by bin, read as it was trained, nats a token.
+        losses_off: the same weights with fast weights off.
+    """
+
+    path: Path
+    settings: dict[str, Any]
+    seed: int
+    text: tuple[Any, ...]
+    starts: tuple[int, ...]
+    window: int
+    losses: tuple[float, ...]
+    losses_off: tuple[float, ...]
+
+    @property
+    def has_fast_weights(self) -> bool:
+        return self.settings["ttt.mode"] != "off"
+
+    def beyond(self, losses: Sequence[float]) -> float:
+        """Loss per token over the bins that begin at or beyond the attention's window."""
+        return mean(
+            loss for start, loss in zip(self.starts, losses, strict=True) if start >= self.window
+        )
+
+
+def read_result(path: Path) -> Result:
+    """
+    Raises:
+        ValueError: the file is no evaluation of a run's perplexity; one line.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        trained, readings = flatten(document["trained"]), document["readings"]
+        own = readings.get(trained["ttt.mode"], readings["off"])
+        return Result(
+            path=path,
+            settings={k: v for k, v in trained.items() if not _excluded(k)},
+            seed=trained["train.seed"],
+            text=(document["length"], document["rows"], len(document["bins"])),
+            starts=tuple(first for first, _ in document["bins"]),
+            window=document["sliding_window"] or 0,
+            losses=tuple(own["loss_by_position"]),
+            losses_off=tuple(readings["off"]["loss_by_position"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{path}: no result of task=perplexity of a run ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Runs that differ in their seeds alone.
+
+    Attributes:
+        ttt: what is changed of ``ttt.*``; "ttt=off" for a baseline.
+        rest: what is changed of everything else: a baseline has to share it.
+        by_seed: the runs.
+    """
+
+    ttt: str
+    rest: str
+    by_seed: dict[int, Result]
+
+    @property
+    def label(self) -> str:
+        return " ".join(part for part in (self.ttt, self.rest) if part) or REFERENCE
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.ttt == BASELINE
+
+    def beyond(self) -> list[float]:
+        """Loss beyond the window, by seed."""
+        return [result.beyond(result.losses) for result in self.by_seed.values()]
+
+    def gains(self, baseline: Setting) -> list[float]:
+        """Loss beyond the window minus the baseline's, for every seed that both have."""
+        return [
+            result.beyond(result.losses) - other.beyond(other.losses)
+            for seed, result in self.by_seed.items()
+            if (other := baseline.by_seed.get(seed)) is not None
+        ]
+
+
+def group(results: Sequence[Result]) -> list[Setting]:
+    """Settings, baselines first, then by their mean loss beyond the window.
+
+    A setting is named by the keys in which it differs from the most frequent value.
+
+    Raises:
+        ValueError: results of different texts, or one seed of a setting twice.
+    """
+    first = results[0]
+    for result in results:
+        if result.text != first.text:
+            raise ValueError(
+                f"{result.path} and {first.path} read other text: (length, rows, bins) is"
+                f" {result.text} and {first.text}"
+            )
+    keys = {key for result in results for key in result.settings} - {"ttt.mode"}
+    trained = [result for result in results if result.has_fast_weights] or results
+    usual = {
+        key: _most_frequent(
+            [r.settings.get(key) for r in (trained if key.startswith("ttt.") else results)]
+        )
+        for key in sorted(keys)
+    }
+    settings: dict[tuple[str, str], dict[int, Result]] = defaultdict(dict)
+    for result in results:
+        runs = settings[_labels(result, usual)]
+        if result.seed in runs:
+            raise ValueError(
+                f"{result.path} and {runs[result.seed].path}: the same setting and seed"
+            )
+        runs[result.seed] = result
+    made = [Setting(*labels, dict(sorted(runs.items()))) for labels, runs in settings.items()]
+    return sorted(made, key=lambda s: (not s.is_baseline, mean(s.beyond())))
+
+
+def compare(results: Sequence[Result]) -> Report:
+    """The table, values and picture of all settings.
+
+    Raises:
+        ValueError: see :func:`group`.
+    """
+    settings = group(results)
+    gains = {setting.label: _gains(setting, settings) for setting in settings}
+    values = [_values(setting, gains[setting.label]) for setting in settings]
+    return Report(
+        [_table(settings, gains)], {"settings": values}, draw=partial(_draw, settings, gains)
+    )
+
+
+def _gains(setting: Setting, settings: Sequence[Setting]) -> list[float]:
+    """Gains on the baseline that shares everything but ``ttt.*``; none without one."""
+    if setting.is_baseline:
+        return []
+    return [
+        gain
+        for other in settings
+        if other.is_baseline and other.rest == setting.rest
+        for gain in setting.gains(other)
+    ]
+
+
+def _labels(result: Result, usual: Mapping[str, Any]) -> tuple[str, str]:
+    changed = {key: value for key, value in result.settings.items() if value != usual.get(key)}
+    changed.pop("ttt.mode", None)
+    parts = {
+        own: " ".join(
+            f"{key}={show(value)}"
+            for key, value in changed.items()
+            if key.startswith("ttt.") is own
+        )
+        for own in (True, False)
+    }
+    return (parts[True] if result.has_fast_weights else BASELINE), parts[False]
+
+
+def _most_frequent(values: Sequence[Any]) -> Any:
+    counts = Counter(json.dumps(value, sort_keys=True) for value in values)
+    return json.loads(counts.most_common(1)[0][0])
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None
+
+
+def _table(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) -> Table:
+    columns = [
+        ("setting", ""),
+        ("seeds", "d"),
+        ("loss", ".4f"),
+        ("loss beyond the window", ".4f"),
+        ("± s.d.", ".4f"),
+        ("the same, fast weights off", ".4f"),
+        ("gain on the baseline", "+.4f"),
+        ("± s.d.", ".4f"),
+    ]
+    rows = []
+    for setting in settings:
+        runs, far, gained = setting.by_seed.values(), setting.beyond(), gains[setting.label]
+        off = None if setting.is_baseline else mean(run.beyond(run.losses_off) for run in runs)
+        rows.append(
+            [
+                setting.label,
+                len(runs),
+                mean(mean(run.losses) for run in runs),
+                mean(far),
+                _spread(far),
+                off,
+                mean(gained) if gained else None,
+                _spread(gained),
+            ]
+        )
+    length, count, _ = next(iter(settings[0].by_seed.values())).text
+    title = f"Loss, nats a token, {count} rows of {length} tokens; gain: paired by seed"
+    return Table(title, columns, rows)
+
+
+def _values(setting: Setting, gains: Sequence[float]) -> dict[str, Any]:
+    runs = setting.by_seed
+    return {
+        "setting": setting.label,
+        "seeds": list(runs),
+        "files": [str(run.path) for run in runs.values()],
+        "loss_by_position": {seed: run.losses for seed, run in runs.items()},
+        "loss_beyond_window": dict(zip(runs, setting.beyond(), strict=True)),
+        "fast_weights_off": {seed: run.beyond(run.losses_off) for seed, run in runs.items()},
+        "gains": list(gains),
+    }
+
+
+def _draw(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) -> Figure:
+    """Loss by position of the settings with most seeds, gains of all."""
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    most = max(len(setting.by_seed) for setting in settings)
+    chosen = [setting for setting in settings if len(setting.by_seed) == most]
+    for setting, colour in zip(chosen, _COLOURS, strict=False):
+        _draw_losses(left, setting, colour)
+    window = next(iter(settings[0].by_seed.values())).window
+    if window:
+        left.axvline(window, color="0.6", linestyle=":", label=f"attention window, {window}")
+    left.set(xlabel="position, tokens", ylabel="loss, nats a token", title="Loss by position")
+    left.legend(frameon=False, fontsize=8)
+    left.grid(alpha=0.3)
+    gained = {label: found for label, found in list(gains.items())[::-1] if found}
+    means = [mean(found) for found in gained.values()]
+    right.barh(
+        range(len(gained)),
+        means,
+        xerr=[_spread(found) or 0.0 for found in gained.values()],
+        color=["#15803d" if gain < 0 else "#b91c1c" for gain in means],
+        ecolor="0.3",
+        alpha=0.8,
+    )
+    right.set_yticks(range(len(gained)), list(gained), fontsize=8)
+    right.axvline(0, color="0.3", linewidth=0.8)
+    right.set(xlabel="nats a token, less is better", title="Gain on ttt=off, beyond the window")
+    right.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def _draw_losses(axes: Axes, setting: Setting, colour: str) -> None:
+    """Mean over seeds in steps of bins, and a band of one standard deviation."""
+    runs = list(setting.by_seed.values())
+    by_bin = list(zip(*(run.losses for run in runs), strict=True))
+    centre = [mean(losses) for losses in by_bin]
+    spread = [_spread(losses) or 0.0 for losses in by_bin]
+    axes.plot(runs[0].starts, centre, color=colour, label=f"{setting.label}, {len(runs)} seeds")
+    low, high = ([c + sign * s for c, s in zip(centre, spread, strict=True)] for sign in (-1, 1))
+    axes.fill_between(runs[0].starts, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _excluded(key: str) -> bool:
+    return any(key == free or key.startswith(f"{free}.") for free in _NO_SETTING)
