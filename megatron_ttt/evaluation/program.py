@@ -19,6 +19,7 @@ from megatron_ttt.evaluation.report import Report, print_report, write_report
 from megatron_ttt.evaluation.schema import EvaluationConfig, EvaluationTask, evaluation_faults
 from megatron_ttt.evaluation.speed import run_speed
 from megatron_ttt.evaluation.subject import (
+    Reading,
     Source,
     Subject,
     check_reading,
@@ -35,10 +36,12 @@ class Task:
     """One kind of evaluation.
 
     Attributes:
+        reading: how it reads.
         lengths: the rows it reads, in tokens, by the key they come from.
         run: evaluates; called on every rank.
     """
 
+    reading: Reading
     lengths: Callable[[Source, EvaluationConfig], Mapping[str, list[int]]]
     run: Callable[[Subject, EvaluationConfig], Report]
 
@@ -57,8 +60,8 @@ def _speed_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[i
 
 
 TASKS = {
-    EvaluationTask.perplexity: Task(_perplexity_lengths, run_perplexity),
-    EvaluationTask.speed: Task(_speed_lengths, run_speed),
+    EvaluationTask.perplexity: Task(Reading.ROWS, _perplexity_lengths, run_perplexity),
+    EvaluationTask.speed: Task(Reading.SESSION, _speed_lengths, run_speed),
 }
 
 
@@ -90,7 +93,14 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
     lengths = task.lengths(source, config)
     for key, values in lengths.items():
         for length in values:
-            check_reading(source, config, length=length, key=key, world_size=world()[1])
+            check_reading(
+                source,
+                config,
+                reading=task.reading,
+                length=length,
+                key=key,
+                world_size=world()[1],
+            )
     longest = max(length for values in lengths.values() for length in values)
     with open_subject(source, config, length=longest) as subject:
         console = Console(quiet=not subject.ranks.is_first)

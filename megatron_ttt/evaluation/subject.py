@@ -6,10 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import Enum
 from pathlib import Path
 
 import torch
 
+from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.reading import changed_rule, modes
 from megatron_ttt.config.schema import (
@@ -66,6 +68,17 @@ class Source:
     model: ModelConfig
     ttt: TTTConfig
     trained: dict[str, dict]
+
+
+class Reading(Enum):
+    """How a task reads, which decides how long its rows may be across context-parallel ranks.
+
+    ``ROWS``: whole rows as in training; spans have to hold whole chunks. ``SESSION``: prompts,
+    of any length.
+    """
+
+    ROWS = "rows"
+    SESSION = "session"
 
 
 def find_source(checkpoint: str) -> Source:
@@ -147,13 +160,20 @@ def reading_config(
 
 
 def check_reading(
-    source: Source, config: EvaluationConfig, *, length: int, key: str, world_size: int
+    source: Source,
+    config: EvaluationConfig,
+    *,
+    reading: Reading,
+    length: int,
+    key: str,
+    world_size: int,
 ) -> None:
     """Whether rows of a length can be read by the ranks of the job.
 
     Args:
         source: the checkpoint.
         config: the evaluation.
+        reading: how the task reads.
         length: tokens of a row.
         key: which configuration key the length came from.
         world_size: ranks of the job.
@@ -161,16 +181,19 @@ def check_reading(
     Raises:
         ConfigError: one fault per mistake.
     """
-    reading = reading_config(source, config, length=length, world_size=world_size)
-    if length > source.model.max_positions:
-        if not config.beyond_positions:
-            message = (
-                f"{source.name} has {source.model.max_positions} positions;"
-                " beyond_positions=true reads on regardless"
-            )
-            raise ConfigError([Fault(key, length, message)])
-        reading = replace(reading, model=replace(reading.model, max_positions=length))
-    faults = validate(reading, world_size, cuda=torch.cuda.is_available())
+    checked = reading_config(source, config, length=length, world_size=world_size)
+    if length > source.model.max_positions and not config.beyond_positions:
+        message = (
+            f"{source.name} has {source.model.max_positions} positions;"
+            " beyond_positions=true reads on regardless"
+        )
+        raise ConfigError([Fault(key, length, message)])
+    if reading is Reading.SESSION:  # what does not tile is read by every rank
+        tile = cp_tile(checked)
+        checked.train.seq_length = -(-length // tile) * tile
+    positions = max(checked.train.seq_length, checked.model.max_positions)
+    checked = replace(checked, model=replace(checked.model, max_positions=positions))
+    faults = validate(checked, world_size, cuda=torch.cuda.is_available())
     if faults:
         renamed = [replace(f, key=key) if f.key == "train.seq_length" else f for f in faults]
         raise ConfigError(renamed)
