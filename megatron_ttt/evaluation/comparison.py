@@ -1,8 +1,9 @@
 """Runs against each other, over seeds: what a setting gains, and where in the text.
 
-Reads what ``task=perplexity`` wrote for each run. Runs that differ in nothing but ``train.seed``
-form one setting; a setting's gain is the mean over seeds of its loss minus that of the baseline
-(trained without fast weights) of the same seed, over the same text.
+Reads what ``task=perplexity`` wrote, for several runs, or for one that was read under several
+update rules. Results that differ in nothing but ``train.seed`` form one setting; a setting's gain
+is the mean over seeds of its loss minus that of the baseline (trained without fast weights) of the
+same seed, over the same text.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ class Result:
 
     Attributes:
         path: of the file.
-        settings: the run's configuration by dotted key, without what is no setting.
+        settings: the run's configuration by dotted key, ``ttt.*`` as it was read, without what is
+            no setting.
         seed: of the run.
         text: what has to be equal for losses to be comparable.
         starts: first position of each bin.
         window: of the attention, tokens; 0: no window.
         losses: by bin, read as it was trained, nats a token.
-        losses_off: the same weights with fast weights off.
+        losses_off: the same weights with fast weights off; ``None`` if they were not read so.
     """
 
     path: Path
@@ -52,7 +54,7 @@ class Result:
     starts: tuple[int, ...]
     window: int
     losses: tuple[float, ...]
-    losses_off: tuple[float, ...]
+    losses_off: tuple[float, ...] | None
 
     @property
     def has_fast_weights(self) -> bool:
@@ -72,8 +74,9 @@ def read_result(path: Path) -> Result:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        trained, readings = flatten(document["trained"]), document["readings"]
-        own = readings.get(trained["ttt.mode"], readings["off"])
+        trained = flatten({**document["trained"], "ttt": document["ttt"]})
+        readings = document["readings"]
+        own, off = readings[trained["ttt.mode"]], readings.get("off")
         return Result(
             path=path,
             settings={k: v for k, v in trained.items() if not _excluded(k)},
@@ -82,7 +85,7 @@ def read_result(path: Path) -> Result:
             starts=tuple(first for first, _ in document["bins"]),
             window=document["sliding_window"] or 0,
             losses=tuple(own["loss_by_position"]),
-            losses_off=tuple(readings["off"]["loss_by_position"]),
+            losses_off=None if off is None else tuple(off["loss_by_position"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -222,7 +225,7 @@ def _table(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) ->
     rows = []
     for setting in settings:
         runs, far, gained = setting.by_seed.values(), setting.beyond(), gains[setting.label]
-        off = None if setting.is_baseline else mean(run.beyond(run.losses_off) for run in runs)
+        off = [run.beyond(run.losses_off) for run in runs if run.losses_off is not None]
         rows.append(
             [
                 setting.label,
@@ -230,7 +233,7 @@ def _table(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) ->
                 mean(mean(run.losses) for run in runs),
                 mean(far),
                 _spread(far),
-                off,
+                mean(off) if off and not setting.is_baseline else None,
                 mean(gained) if gained else None,
                 _spread(gained),
             ]
@@ -248,7 +251,11 @@ def _values(setting: Setting, gains: Sequence[float]) -> dict[str, Any]:
         "files": [str(run.path) for run in runs.values()],
         "loss_by_position": {seed: run.losses for seed, run in runs.items()},
         "loss_beyond_window": dict(zip(runs, setting.beyond(), strict=True)),
-        "fast_weights_off": {seed: run.beyond(run.losses_off) for seed, run in runs.items()},
+        "fast_weights_off": {
+            seed: run.beyond(run.losses_off)
+            for seed, run in runs.items()
+            if run.losses_off is not None
+        },
         "gains": list(gains),
     }
 

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from megatron_ttt.config.schema import TTTMode
 
@@ -44,14 +45,7 @@ class Table:
             ]
             for row in self.rows
         ]
-        table = RichTable(
-            title=self.title,
-            title_justify="left",
-            title_style="bold",
-            box=box.SIMPLE_HEAD,
-            pad_edge=False,
-            collapse_padding=True,
-        )
+        table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         for place, (heading, form) in enumerate(self.columns):
             widest = max((len(row[place]) for row in cells), default=1)
             justify: Literal["left", "right"] = "left" if form == "" else "right"
@@ -81,6 +75,7 @@ class Report:
 def print_report(report: Report, console: Console) -> None:
     """Tables, then warnings."""
     for table in report.tables:
+        console.print(Text(table.title, style="bold"), soft_wrap=True)
         console.print(table.rich())
     for warning in report.warnings:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)

@@ -29,6 +29,7 @@ def write(
         readings["in_place"] = {"loss_by_position": losses}
         readings["off"] = {"loss_by_position": [9.0, 9.0, 7.0, 7.0]}
     document = {
+        "ttt": {"mode": mode, "eta": eta},
         "trained": {
             "ttt": {"mode": mode, "eta": eta},
             "model": {"initializer_range": sigma},
