@@ -71,3 +71,18 @@ def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
         yield Fault("ttt.decay", rule.decay, "must lie in (0, 1]; 1 keeps everything")
     if rule.clip.bound is not None and not rule.clip.bound > 0:
         yield Fault("ttt.clip.bound", rule.clip.bound, "must be above 0")
+
+
+def unfit_rule(ttt: TTTConfig, rule: ReadingRule) -> Iterator[Fault]:
+    """What ``rule`` asks of a checkpoint that was trained without fast weights."""
+    if ttt.mode is not TTTMode.off:
+        return
+    if rule.mode is ReadingMode.in_place:
+        yield Fault("ttt.mode", rule.mode, "the checkpoint has no fast weights; valid: both, off")
+    for name in ("eta", "chunk_size", "decay"):
+        if getattr(rule, name) is not None:
+            yield Fault(f"ttt.{name}", getattr(rule, name), "the checkpoint has no fast weights")
+    for name in ("mode", "bound"):
+        value = getattr(rule.clip, name)
+        if value is not None:
+            yield Fault(f"ttt.clip.{name}", value, "the checkpoint has no fast weights")

@@ -297,9 +297,11 @@ def _draw_losses(axes: Axes, setting: Setting, colour: str) -> None:
     by_bin = list(zip(*(run.losses for run in runs), strict=True))
     centre = [mean(losses) for losses in by_bin]
     spread = [_spread(losses) or 0.0 for losses in by_bin]
-    axes.plot(runs[0].starts, centre, color=colour, label=f"{setting.label}, {len(runs)} seeds")
+    ends = [*runs[0].starts[1:], runs[0].text[0]]
+    places = [(start + end) / 2 for start, end in zip(runs[0].starts, ends, strict=True)]
+    axes.plot(places, centre, color=colour, label=f"{setting.label}, {len(runs)} seeds")
     low, high = ([c + sign * s for c, s in zip(centre, spread, strict=True)] for sign in (-1, 1))
-    axes.fill_between(runs[0].starts, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.fill_between(places, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
 def _excluded(key: str) -> bool:
