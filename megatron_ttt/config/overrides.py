@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.faults import Fault, suggest
 from megatron_ttt.config.schema import Config
+
+# Groups without a default: what a command line appends.
+APPENDED = ("model", "experiment", "ablation")
 
 
 def group_options(config_dir: Path) -> dict[str, list[str]]:
@@ -98,7 +101,9 @@ def _group_faults(
     if override.is_delete():
         return []
     names: Any = override.value()
-    if override.is_sweep_override():
+    if isinstance(names, Glob):  # it finds what there is
+        names = options
+    elif override.is_sweep_override():
         names = list(override.sweep_iterator())
     for name in names if isinstance(names, list) else [names]:
         if str(name) not in options:
@@ -112,9 +117,10 @@ def _group_faults(
                 f"the experiment chooses its model; write model={names} to replace it",
             )
         ]
-    if group in ("model", "experiment") and not override.is_add() and "experiment" not in chosen:
+    chosen_before = {"model", "experiment"} if "experiment" in chosen else set()
+    if group in APPENDED and not override.is_add() and group not in chosen_before:
         return [Fault(group, names, f"write +{group}={names}")]
-    if group not in ("model", "experiment") and override.is_add():
+    if group not in APPENDED and override.is_add():
         return [Fault(f"+{group}", names, f"has a default already; write {group}={names}")]
     return []
 

@@ -33,8 +33,16 @@ def faults_of(config: Config) -> list[str]:
 
 def test_groups_and_files_are_all_known() -> None:
     # a new group or a file elsewhere would escape the tests below
-    assert set(GROUPS) == {"data", "experiment", "model", "optimizer", "parallel", "ttt"}
-    known = {CONFIG_DIR / "config.yaml"}
+    assert set(GROUPS) == {
+        "ablation",
+        "data",
+        "experiment",
+        "model",
+        "optimizer",
+        "parallel",
+        "ttt",
+    }
+    known = {CONFIG_DIR / "config.yaml", CONFIG_DIR / "evaluation.yaml"}
     known |= {CONFIG_DIR / group / f"{name}.yaml" for group in GROUPS for name in GROUPS[group]}
     assert set(CONFIG_DIR.rglob("*.*")) == known
 
@@ -47,6 +55,17 @@ def test_every_model_alone(name: str, switch: str) -> None:
     assert faults_of(config) == []
     assert (config.ttt.mode is TTTMode.off) == (switch == "ttt=off")
     assert bool(derived.ttt_layers(config)) == (switch == "ttt=in_place")
+
+
+@pytest.mark.parametrize("name", GROUPS["ablation"])
+def test_every_ablation_changes_one_thing(name: str) -> None:
+    plain = load_config(["+experiment=evidence_micro"])
+    config = load_config(["+experiment=evidence_micro", f"+ablation={name}"])
+    assert faults_of(config) == []
+    key = name.split("_")[0].replace("chunk", "chunk_size")
+    assert getattr(config.ttt, key) != getattr(plain.ttt, key)
+    setattr(config.ttt, key, getattr(plain.ttt, key))
+    assert config == plain
 
 
 @pytest.mark.parametrize("switch", ["ttt=in_place", "ttt=off"])

@@ -29,7 +29,7 @@ def test_no_model_lists_the_choices() -> None:
     [
         (["+model=qwen3_4"], ["model=qwen3_4: no such model; did you mean qwen3_4b? choose"]),
         (["model=tiny"], ["model=tiny: write +model=tiny"]),
-        (["experiment=x"], ["experiment=x: no such experiment; choose one of llama3_1_8b_32k"]),
+        (["experiment=x"], ["experiment=x: no such experiment; choose one of evidence_micro"]),
         (["+experiment=qwen3_4b_32k", "+model=tiny"], ["write model=tiny"]),
         (["+model=tiny", "ttt=on"], ["ttt=on: no such ttt; choose one of in_place, off"]),
         (["+model=tiny", "+ttt=off"], ["+ttt=off: has a default already; write ttt=off"]),
@@ -69,9 +69,9 @@ def test_wrong_words(words: list[str], expected: list[str]) -> None:
 
 
 def test_sweeps_are_values_when_asked_for() -> None:
-    words = ["+model=tiny", "train.steps=1,2", "ttt=in_place,off"]
+    words = ["+model=tiny", "train.steps=1,2", "ttt=in_place,off", "+ablation=glob(*)"]
     assert check_overrides(words, group_options(CONFIG_DIR), sweep=True) == []
-    assert len(check_overrides(words, group_options(CONFIG_DIR))) == 2
+    assert len(check_overrides(words, group_options(CONFIG_DIR))) == 3
 
 
 def test_a_saved_configuration_that_does_not_fit() -> None:
