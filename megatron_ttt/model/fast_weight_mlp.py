@@ -196,6 +196,18 @@ class FastWeightMLP(MLP):
         assert layout.embeddings is not None
         return self._whole(layout.embeddings)
 
+    def keys_and_targets(
+        self, hidden_states: Tensor, layout: SequenceLayout
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` writes of the same arguments, for those who measure it.
+
+        Z ``[B, L, F]``, this tensor rank's columns, and V ``[B, L, H]``, whole on every rank.
+        """
+        assert layout.plan is not None
+        inputs = self._whole(hidden_states)
+        targets = self.make_targets(self._source(inputs, layout).transpose(0, 1), layout.plan)
+        return self._keys(inputs).transpose(0, 1), targets
+
     def make_targets(self, source: Tensor, plan: ChunkPlan) -> Tensor:
         """``V = conv(U) @ W_target``: ``[B, L, H]`` to the same, whole on every tensor rank."""
         conv: Tensor | None = None
