@@ -93,6 +93,11 @@ class KeyValueCache:
             self.keys_BSGE = self.keys_BSGE.index_select(0, index)
             self.values_BSGE = self.values_BSGE.index_select(0, index)
 
+    def rewind(self, places: Sequence[int]) -> None:
+        """Go back to where the rows once stood; what came after is written over."""
+        assert all(then <= now for then, now in zip(places, self.places, strict=True))
+        self.places = list(places)
+
     def held(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values ``[B, S, G, E]`` up to the longest row, or None."""
         if self.keys_BSGE is None or self.values_BSGE is None:

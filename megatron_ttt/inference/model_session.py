@@ -16,6 +16,8 @@ hidden, F ffn / tp, A heads, G key/value groups, E head dim, W vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -58,6 +60,14 @@ class LogitsOf(Enum):
 
     LAST = "last"  # each row's last token: [B, 1, W]
     ALL = "all"  # every token: [B, T, W]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a session stood: its rows' places and a copy of its fast weights."""
+
+    places: tuple[int, ...]
+    fast_weights: dict[int, FastWeightState]
 
 
 def update_rule(config: Config) -> UpdateRule:
@@ -182,6 +192,20 @@ class ModelSession:
             fast_weight.select(rows)
         for cache in self.attention.values():
             cache.select(rows)
+
+    def mark(self) -> Mark:
+        """Where the session stands now, for :meth:`rewind`.
+
+        Fast weights are copied; keys and values, which only grow, are not.
+        """
+        return Mark(tuple(self.places), deepcopy(self.fast_weights))
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to ``mark``, whatever was read since, except ``select``; a mark serves once."""
+        self.places = list(mark.places)
+        self.fast_weights = mark.fast_weights
+        for cache in self.attention.values():
+            cache.rewind(mark.places)
 
     def flush(self) -> None:
         """Write the unfinished chunk of every layer; the chunk grid starts anew behind it."""
