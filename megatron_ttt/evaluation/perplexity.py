@@ -27,7 +27,7 @@ from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.evaluation.documents import TextRows, batches, held_out_rows
 from megatron_ttt.evaluation.report import MODE_COLOURS, MODE_NAMES, Report, Table
 from megatron_ttt.evaluation.schema import EvaluationConfig, PerplexityConfig
-from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.subject import Source, Subject, row_length
 from megatron_ttt.model.sequence_layout import take_ranges
 from megatron_ttt.training.step import ForwardStep, scan_settings
 
@@ -49,11 +49,7 @@ def resolve_lengths(source: Source, settings: PerplexityConfig) -> Lengths:
     Raises:
         ConfigError: nobody says how long a row is, or a context is shorter than what it predicts.
     """
-    trained = source.trained.get("train", {}).get("seq_length")
-    row = settings.length if settings.length is not None else trained
-    if row is None:
-        message = f"{source.path} was trained at no known length: give one"
-        raise ConfigError([Fault("perplexity.length", None, message)])
+    row = row_length(source, settings.length, key="perplexity.length")
     scored = settings.scored if settings.scored is not None else max(1, row // 2**_CONTEXTS)
     contexts = settings.contexts
     if contexts is None:

@@ -15,6 +15,8 @@ from rich.console import Console
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.reading import unfit_rule
 from megatron_ttt.conversion.manifest import HF_SCHEME
+from megatron_ttt.evaluation.documents import batches, held_out_rows
+from megatron_ttt.evaluation.health import run_health
 from megatron_ttt.evaluation.perplexity import resolve_lengths, run_perplexity
 from megatron_ttt.evaluation.report import Report, print_report, write_report
 from megatron_ttt.evaluation.schema import EvaluationConfig, EvaluationTask, evaluation_faults
@@ -26,6 +28,7 @@ from megatron_ttt.evaluation.subject import (
     check_reading,
     find_source,
     open_subject,
+    row_length,
 )
 from megatron_ttt.training.distributed import world
 
@@ -60,9 +63,22 @@ def _speed_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[i
     return {"speed.lengths": [length + speed.new_tokens for length in speed.lengths]}
 
 
+def _health_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
+    return {"health.length": [row_length(source, config.health.length, key="health.length")]}
+
+
+def _run_health(subject: Subject, config: EvaluationConfig) -> Report:
+    """One row a micro-batch: the gradient holds every activation of what is read at once."""
+    (length,) = _health_lengths(subject.source, config)["health.length"]
+    text = held_out_rows(subject, config.data, length=length, rows=config.health.rows)
+    rows = list(batches(text, subject=subject, batch_size=1))
+    return run_health(subject, rows, config.health)
+
+
 TASKS = {
     EvaluationTask.perplexity: Task(Reading.ROWS, _perplexity_lengths, run_perplexity),
     EvaluationTask.speed: Task(Reading.SESSION, _speed_lengths, run_speed),
+    EvaluationTask.health: Task(Reading.ROWS, _health_lengths, _run_health),
 }
 
 

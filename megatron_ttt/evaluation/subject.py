@@ -111,6 +111,21 @@ def find_source(checkpoint: str) -> Source:
     return Source(path, name, run, folder, model, ttt, trained)
 
 
+def row_length(source: Source, length: int | None, *, key: str) -> int:
+    """``length``, or the row length of the run that wrote the checkpoint.
+
+    Raises:
+        ConfigError: neither is known; ``key`` is the one to set.
+    """
+    if length is not None:
+        return length
+    trained: int | None = source.trained.get("train", {}).get("seq_length")
+    if trained is None:
+        message = f"{source.path} was trained at no known length: give one"
+        raise ConfigError([Fault(key, None, message)])
+    return trained
+
+
 def _resolve(path: Path) -> Path:
     """A run's newest checkpoint, or the checkpoint folder itself."""
     if (path / _CHECKPOINTS).is_dir():
