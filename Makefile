@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	@echo "== environment: $(VENV), Python $(PYTHON_VERSION), versions of $(CONSTRAINTS) (a minute; longer where torch comes with CUDA)"
 	@start=$$(date +%s); set -e; \
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,hf]'; \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,eval,hf]'; \
 	touch $@; echo "   $$(( $$(date +%s) - start )) s"
 
 # Each step of the checks prints its name and its seconds.
