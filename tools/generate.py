@@ -3,6 +3,7 @@
 
 python tools/generate.py exported --prompt "Once upon a time" --max-new-tokens 64
 python tools/generate.py exported --prompt "Once upon a time" ttt=off
+python tools/generate.py exported --read book.txt ttt.clip.mode=relative ttt.clip.bound=0.1
 python tools/generate.py exported --read book.txt --max-new-tokens 0 --save-memory book.memory
 python tools/generate.py exported --memory book.memory --prompt "Who is the captain?"
 python tools/generate.py exported --session talk.session --prompt "And then?"
@@ -14,20 +15,30 @@ Text goes to standard output as it is generated, everything else to standard err
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ttt.config.reading import ReadingMode, ReadingRule, rule_faults
+from megatron_ttt.config.schema import ClipMode
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from megatron_ttt.inference.backend import Backend
     from megatron_ttt.inference.generation import Generated
 
+# What the keys of the update rule hold, and how to say so.
+RULE_KEYS: dict[str, tuple[Callable[[str], object], str]] = {
+    "ttt.eta": (float, "a number"),
+    "ttt.chunk_size": (int, "a whole number"),
+    "ttt.decay": (float, "a number"),
+    "ttt.clip.mode": (ClipMode, "one of " + ", ".join(mode.value for mode in ClipMode)),
+    "ttt.clip.bound": (float, "a number"),
+}
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -47,9 +58,14 @@ class OneLineParser(argparse.ArgumentParser):
 class Overrides:
     """The few configuration keys that mean something here."""
 
-    fast_weights: bool = True
+    rule: ReadingRule = field(default_factory=ReadingRule)
     tp: int = 1
     cp: int = 1
+
+
+def _valid() -> str:
+    keys = ", ".join(f"{key}=..." for key in RULE_KEYS)
+    return f"ttt=off, ttt=in_place, {keys}, parallel.tp=N, parallel.cp=N"
 
 
 def parser() -> OneLineParser:
@@ -60,7 +76,7 @@ def parser() -> OneLineParser:
     )
     add = made.add_argument
     add("model", type=Path, help="folder of an exported model or of a Megatron checkpoint")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="ttt=off, parallel.tp=N, parallel.cp=N")
+    add("overrides", nargs="*", metavar="KEY=VALUE", help=_valid())
     add("--prompt", action="append", metavar="TEXT", help="repeat it for a batch of rows")
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
     add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
@@ -90,12 +106,25 @@ def parse_overrides(words: list[str]) -> Overrides:
     for word in words:
         key, _, value = word.partition("=")
         if key in ("ttt", "ttt.mode") and value in ("off", "in_place"):
-            found.fast_weights = value == "in_place"
+            found.rule.mode = ReadingMode[value]
+        elif key in RULE_KEYS:
+            _set(found.rule, key, value)
         elif key in ("parallel.tp", "parallel.cp") and value.isdigit() and int(value) > 0:
             setattr(found, key.removeprefix("parallel."), int(value))
         else:
-            raise Mistake(f"{word}: valid are ttt=off, ttt=in_place, parallel.tp=N, parallel.cp=N")
+            raise Mistake(f"{word}: valid are {_valid()}")
+    for fault in rule_faults(found.rule):
+        raise Mistake(fault.line())
     return found
+
+
+def _set(rule: ReadingRule, key: str, value: str) -> None:
+    kind, said = RULE_KEYS[key]
+    part: object = rule.clip if key.startswith("ttt.clip.") else rule
+    try:
+        setattr(part, key.rpartition(".")[2], kind(value))
+    except ValueError as error:
+        raise Mistake(f"{key}={value}: must be {said}") from error
 
 
 @contextmanager
@@ -117,7 +146,7 @@ def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[B
         from megatron_ttt.inference.megatron_backend import megatron_backend
 
         with megatron_backend(
-            folder, tp=overrides.tp, cp=overrides.cp, fast_weights=overrides.fast_weights
+            folder, tp=overrides.tp, cp=overrides.cp, rule=overrides.rule
         ) as backend:
             yield backend
     elif (folder / "config.json").is_file():
@@ -130,7 +159,7 @@ def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[B
         name = DTYPES[options.dtype]
         yield TransformersBackend(
             folder,
-            fast_weights=overrides.fast_weights,
+            rule=overrides.rule,
             dtype=name if name == "auto" else getattr(torch, name),
             device=torch.device(options.device) if options.device else None,
         )

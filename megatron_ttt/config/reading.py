@@ -4,11 +4,12 @@ The update rule of a checkpoint is part of what was trained; reading it under an
 its choice is examined (ablations) and how a bad one is tamed (``decay``, ``clip``).
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import ClipConfig, ClipMode, TTTConfig, TTTMode
 
 
@@ -53,6 +54,38 @@ def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     return replace(ttt, clip=clip, **changes)
 
 
+def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
+    """``changed_rule``, once the keys of ``rule`` are known to mean something for the checkpoint.
+
+    Raises:
+        ConfigError: an impossible value, a change of fast weights that the checkpoint does not
+            have, or the bound of a clip that is off.
+    """
+    faults = list(rule_faults(rule))
+    if ttt.mode is TTTMode.off:
+        message = "the checkpoint has no fast weights"
+        faults += [Fault(key, value, message) for key, value in _set_keys(rule)]
+    changed = changed_rule(ttt, rule)
+    if not faults and rule.clip.bound is not None and changed.clip.mode is ClipMode.off:
+        message = "the checkpoint has ttt.clip.mode=off; give relative or absolute beside the bound"
+        faults.append(Fault("ttt.clip.bound", rule.clip.bound, message))
+    if faults:
+        raise ConfigError(faults)
+    return changed
+
+
+def _set_keys(rule: ReadingRule) -> Iterator[tuple[str, object]]:
+    """The keys that differ from the checkpoint's, ``mode`` apart."""
+    values = {
+        "ttt.eta": rule.eta,
+        "ttt.chunk_size": rule.chunk_size,
+        "ttt.decay": rule.decay,
+        "ttt.clip.mode": rule.clip.mode,
+        "ttt.clip.bound": rule.clip.bound,
+    }
+    return ((key, value) for key, value in values.items() if value is not None)
+
+
 def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
     """The readings that are asked for, fast weights first.
 
@@ -65,6 +98,8 @@ def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
 
 def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
     """What no update rule may be; whether it fits the checkpoint is not asked here."""
+    if rule.eta is not None and not 0 <= rule.eta < math.inf:
+        yield Fault("ttt.eta", rule.eta, "must be a number of at least 0")
     if rule.chunk_size is not None and rule.chunk_size < 1:
         yield Fault("ttt.chunk_size", rule.chunk_size, "must be at least 1")
     if rule.decay is not None and not 0 < rule.decay <= 1:

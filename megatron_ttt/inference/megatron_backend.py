@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ttt.config.faults import ConfigError
+from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -73,7 +74,12 @@ def tokenizer_name(folder: MegatronFolder) -> str | None:
 
 @contextmanager
 def megatron_backend(
-    path: Path, *, tp: int = 1, cp: int = 1, fast_weights: bool = True
+    path: Path,
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    fast_weights: bool = True,
+    rule: ReadingRule | None = None,
 ) -> Iterator[MegatronBackend]:
     """Load a checkpoint folder on every rank of the job.
 
@@ -82,13 +88,16 @@ def megatron_backend(
         tp, cp: tensor- and context-parallel ranks; the job has ``tp * cp``. Context parallelism
             reads long prompts faster and decodes no faster.
         fast_weights: False reads the same checkpoint without them.
+        rule: another update rule than the checkpoint's; ``mode=off`` is ``fast_weights=False``.
 
     Raises:
-        UnfitModel: the folder cannot be loaded.
+        UnfitModel: the folder cannot be loaded, or the rule does not fit what it holds.
     """
+    rule = rule or ReadingRule()
     try:
         folder = MegatronFolder(path)
         config = reading_config(folder, tp=tp, cp=cp)
+        config.ttt = fitting_rule(config.ttt, rule)
         tokenizer = tokenizer_name(folder)
     except ConfigError as error:
         raise UnfitModel(str(error).splitlines()[0]) from error
@@ -101,7 +110,8 @@ def megatron_backend(
             load_model(path, model, ranks=ranks)
         except UnfitCheckpoint as error:
             raise UnfitModel(str(error)) from error
-        mode = config.ttt.mode if fast_weights else TTTMode.off
+        reads = fast_weights and rule.mode is not ReadingMode.off
+        mode = config.ttt.mode if reads else TTTMode.off
         yield MegatronBackend(model, config, ranks, mode=mode, tokenizer=tokenizer)
 
 

@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_ttt.config.faults import ConfigError
+from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule
+from megatron_ttt.config.schema import TTTConfig, TTTMode
+from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
 from megatron_ttt.hf import LlamaTTTForCausalLM, Qwen3TTTForCausalLM
 from megatron_ttt.hf.reader import TransformersReader
 from megatron_ttt.hf.sessions import (
@@ -27,6 +31,30 @@ from megatron_ttt.inference.state_files import Identity, StateFileError
 _PUBLISHED: dict[str, Any] = {"qwen3": Qwen3TTTForCausalLM, "llama": LlamaTTTForCausalLM}
 
 
+# The keys of a configuration that a ``ReadingRule`` can change.
+_RULE_KEYS = ("ttt_lr", "ttt_chunk", "ttt_decay", "ttt_clip_mode", "ttt_clip_bound")
+
+
+def change_rule(config: Any, rule: ReadingRule, *, where: str) -> None:
+    """Write a changed update rule into a loaded model's configuration.
+
+    Args:
+        config: of a model of ours, or of a plain one; read anew by every fresh cache.
+        rule: null keys stay as they are; ``mode`` is not looked at.
+        where: named in errors.
+
+    Raises:
+        ConfigError: the rule does not fit the model.
+    """
+    layers = config.num_hidden_layers
+    known = ttt_from_hf(config.to_dict(), layers=layers, where=where)
+    changed = fitting_rule(known or TTTConfig(mode=TTTMode.off), rule)
+    if known is not None:
+        keys = hf_from_ttt(changed, layers=layers)
+        for key in _RULE_KEYS:
+            setattr(config, key, keys[key])
+
+
 class TransformersBackend:
     """See ``backend.Backend``."""
 
@@ -39,6 +67,7 @@ class TransformersBackend:
         fast_weights: bool = True,
         dtype: torch.dtype | str = "auto",
         device: torch.device | None = None,
+        rule: ReadingRule | None = None,
     ) -> None:
         """
         Args:
@@ -46,10 +75,12 @@ class TransformersBackend:
             fast_weights: False reads the same checkpoint without them.
             dtype: of weights and activations; "auto": as stored.
             device: None: a GPU where there is one.
+            rule: another update rule than the model's; ``mode=off`` is ``fast_weights=False``.
 
         Raises:
-            UnfitModel: the folder cannot be loaded.
+            UnfitModel: the folder cannot be loaded, or the rule does not fit what it holds.
         """
+        rule = rule or ReadingRule()
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -59,8 +90,13 @@ class TransformersBackend:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnfitModel(f"{folder}: cannot be loaded: {reason}") from error
+        try:
+            change_rule(model.config, rule, where=str(folder))
+        except ConfigError as error:
+            raise UnfitModel(str(error).splitlines()[0]) from error
         self.model: Any = model.to(self.device).eval()
-        self.fast_weights = fast_weights and bool(getattr(model.config, "ttt_mode", False))
+        reads = fast_weights and rule.mode is not ReadingMode.off
+        self.fast_weights = reads and bool(getattr(model.config, "ttt_mode", False))
         if hasattr(model.config, "ttt_mode"):
             model.config.ttt_mode = self.fast_weights
         self.vocab_size: int = model.config.vocab_size

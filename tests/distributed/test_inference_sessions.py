@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +28,6 @@ from megatron_ttt.training.distributed import Ranks, model_parallel
 from tests.distributed.training_runs import VOCABULARY, live_draw, tiny_config
 from tests.pool import RankPool
 
-ROOT = Path(__file__).resolve().parents[2]
 CHUNK = 8
 NEW = 2 * CHUNK + 3
 PROMPTS = [list(range(1, 3 * CHUNK + 6)), [5, 9, 2]]
@@ -214,29 +210,27 @@ def test_long_prompts_are_dealt_to_context_parallel_ranks(
         assert float((found["logits"] - wanted["logits"]).abs().max()) < 1e-4 * largest
 
 
-def test_the_tool_reads_imported_checkpoints(tmp_path: Path) -> None:
-    """An exported model and its import say the same."""
+def test_the_tool_reads_imported_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An exported model and its import say the same, under their own rule and a changed one."""
     from tests.unit.hf.models import live_model
+    from tools import convert_checkpoint
+    from tools import generate as generate_tool
 
     live_model(dtype=torch.float32, vocab_size=258).save_pretrained(tmp_path / "exported")
-
-    def run(*words: str) -> str:
-        result = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=150,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
     exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
-    run("tools/convert_checkpoint.py", "import", exported, imported)
-    options = ("--tokenizer", "bytes", "--max-new-tokens", "20", "--prompt", "A long enough prompt")
-    texts = [
-        run("tools/generate.py", model, *options, "--prompt", "b", *more)
-        for model, more in ((exported, ()), (imported, ()), (imported, ("ttt=off",)))
-    ]
-    assert texts[0] == texts[1] != texts[2]
+    assert convert_checkpoint.main(["import", exported, imported]) == 0
+    capsys.readouterr()
+    options = ["--tokenizer", "bytes", "--max-new-tokens", "20", "--prompt", "A long enough prompt"]
+
+    def say(model: str, *more: str) -> str:
+        assert generate_tool.main([model, *options, "--prompt", "b", *more]) == 0
+        return capsys.readouterr().out
+
+    changed = ("ttt.chunk_size=5", "ttt.decay=0.6", "ttt.clip.mode=relative", "ttt.clip.bound=0.05")
+    texts = [say(exported), say(exported, *changed), say(imported, "ttt=off")]
+    assert [say(imported), say(imported, *changed)] == texts[:2]
+    assert len(set(texts)) == 3
+    assert generate_tool.main([imported, *options, "ttt.clip.bound=0.1"]) == 2
+    assert "the checkpoint has ttt.clip.mode=off" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,38 @@ def test_greedy_text_is_that_of_transformers(
     assert generate("--prompt", PROMPT, "ttt=off") != wanted + "\n"
     both = generate("--prompt", PROMPT, "--prompt", "short")
     assert both == f"--- 0\n{wanted}\n--- 1\n{text_of(model[0], 'short', NEW)}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "keys"),
+    [
+        ("eta", ("ttt.eta=0.002",), {"ttt_lr": 0.002}),
+        ("chunk_size", ("ttt.chunk_size=5",), {"ttt_chunk": 5}),
+        ("decay", ("ttt.decay=0.5",), {"ttt_decay": 0.5}),
+        (
+            "clip",
+            ("ttt.clip.mode=relative", "ttt.clip.bound=0.02"),
+            {"ttt_clip_mode": "relative", "ttt_clip_bound": 0.02},
+        ),
+    ],
+    ids=["eta", "chunk_size", "decay", "clip"],
+)
+def test_a_changed_rule_is_that_of_a_model_configured_so(
+    name: str,
+    words: tuple[str, ...],
+    keys: dict[str, Any],
+    model: tuple[Any, str],
+    generate: Callable[..., str],
+    tmp_path: Path,
+) -> None:
+    configured = copy.deepcopy(model[0])
+    for key, value in keys.items():
+        setattr(configured.config, key, value)
+    said = generate("--prompt", PROMPT, *words, "--session", str(tmp_path / "talk"))
+    assert said == text_of(configured, PROMPT, NEW) + "\n"
+    assert said != generate("--prompt", PROMPT)
+    refused = generate("--prompt", "x", "--session", str(tmp_path / "talk"), status=2)
+    assert f"belongs to another model: {name} " in refused
 
 
 def test_sampling_follows_its_seed(generate: Callable[..., str]) -> None:
@@ -158,6 +191,13 @@ def test_mistakes_take_one_line_and_exit_2(
         ("--prompt", "x", "--top-p", "2"): "top-p 2.0 is not in (0, 1]",
         ("--prompt-file", str(tmp_path / "none")): "cannot be read",
         ("--prompt", "x", "ttt=on"): "ttt=on: valid are ttt=off",
+        ("--prompt", "x", "ttt.eta=much"): "ttt.eta=much: must be a number",
+        ("--prompt", "x", "ttt.eta=nan"): "ttt.eta=nan: must be a number of at least 0",
+        ("--prompt", "x", "ttt.chunk_size=0"): "ttt.chunk_size=0: must be at least 1",
+        ("--prompt", "x", "ttt.decay=1.5"): "ttt.decay=1.5: must lie in (0, 1]",
+        ("--prompt", "x", "ttt.clip.mode=soft"): "must be one of off, relative, absolute",
+        ("--prompt", "x", "ttt.clip.bound=0.1"): "the checkpoint has ttt.clip.mode=off",
+        ("--prompt", "x", "ttt.normalize=none"): "ttt.normalize=none: valid are ttt=off",
         ("--prompt", "x", "parallel.tp=2"): "an exported model is read by one process",
     }
     for arguments, message in cases.items():
