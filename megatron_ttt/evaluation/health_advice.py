@@ -207,7 +207,7 @@ CONCERNS = (
         limit=NOISE,
         reason="the same weights predict these rows better without their memory",
         advice=f"{_TAME}; forget with ttt.decay=0.9. All three can be tried on this checkpoint as"
-        " it is. In the next training: ttt.normalize=key_energy, which makes eta dimensionless",
+        " it is. For the next training ttt.normalize=key_energy, which makes eta dimensionless",
     ),
     Concern(
         figure="update ratio",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError
@@ -29,6 +32,7 @@ from megatron_ttt.evaluation.health import measure_health, run_health
 from megatron_ttt.evaluation.health_advice import Health
 from megatron_ttt.evaluation.health_gradient import PARTS
 from megatron_ttt.evaluation.health_probe import entering_states
+from megatron_ttt.evaluation.report import print_report, write_report
 from megatron_ttt.evaluation.schema import HealthConfig
 from megatron_ttt.evaluation.subject import Source, Subject
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
@@ -122,6 +126,33 @@ def flat(values: Any) -> list[float]:
     if isinstance(values, list | tuple):
         return [number for value in values for number in flat(value)]
     return [values]
+
+
+def report_of(rank: int, ranks: int, config: Config, folder: Path) -> str:
+    """The report as printed; its files in ``folder``."""
+    with subject_of(config) as subject:
+        rows = rows_of(config, subject.ranks)
+        report = run_health(subject, rows, HealthConfig(positions=PLACES))
+    console = Console(file=StringIO(), width=100)
+    print_report(report, console)
+    write_report(report, folder, name="health", about={})
+    return console.file.getvalue()
+
+
+def test_the_report_shows_and_keeps_what_was_measured(
+    pool: RankPool, one_rank: Health, tmp_path: Path
+) -> None:
+    (printed,) = pool.run(report_of, config_of(), tmp_path, ranks=1)
+    values = json.loads((tmp_path / "health.json").read_text())
+    assert (tmp_path / "health.png").read_bytes().startswith(b"\x89PNG")
+    assert values["positions"] == [32, 64, 88, 120]
+    assert values["loss"] == {"in_place": one_rank.loss_on, "off": one_rank.loss_off}
+    for layer, found in zip(values["layers"], one_rank.layers, strict=True):
+        assert layer["update_ratio"] == pytest.approx(found.update_ratio)
+        assert f"{found.update_ratio[-1]:.3g}" in printed
+        assert f"{found.gradient_shares['conv']:.3%}" in printed
+    for warning in values["warnings"]:
+        assert f"warning: {warning}" in printed
 
 
 def states_of(
