@@ -17,8 +17,10 @@ from megatron_ttt.config.reading import unfit_rule
 from megatron_ttt.conversion.manifest import HF_SCHEME
 from megatron_ttt.evaluation.documents import batches, held_out_rows
 from megatron_ttt.evaluation.health import run_health
+from megatron_ttt.evaluation.needles import run_needles
 from megatron_ttt.evaluation.perplexity import resolve_lengths, run_perplexity
 from megatron_ttt.evaluation.report import Report, print_report, write_report
+from megatron_ttt.evaluation.ruler_task import run_ruler
 from megatron_ttt.evaluation.schema import EvaluationConfig, EvaluationTask, evaluation_faults
 from megatron_ttt.evaluation.speed import run_speed
 from megatron_ttt.evaluation.subject import (
@@ -75,8 +77,18 @@ def _run_health(subject: Subject, config: EvaluationConfig) -> Report:
     return run_health(subject, rows, config.health)
 
 
+def _ruler_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
+    return {"ruler.lengths": config.ruler.lengths}
+
+
+def _needles_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
+    return {"needles.lengths": config.needles.lengths}
+
+
 TASKS = {
     EvaluationTask.perplexity: Task(Reading.ROWS, _perplexity_lengths, run_perplexity),
+    EvaluationTask.ruler: Task(Reading.SESSION, _ruler_lengths, run_ruler),
+    EvaluationTask.needles: Task(Reading.SESSION, _needles_lengths, run_needles),
     EvaluationTask.speed: Task(Reading.SESSION, _speed_lengths, run_speed),
     EvaluationTask.health: Task(Reading.ROWS, _health_lengths, _run_health),
 }

@@ -86,15 +86,8 @@ class DistinctDraws:
         self._known: set[int] = set()
 
     def __getitem__(self, place: int) -> int:
-        """
-        Raises:
-            ValueError: more than half of all numbers are wanted.
-        """
+        assert 2 * place <= self._space, f"number {place} of {self._space}: drawing would be slow"
         while place >= len(self._drawn):
-            if 2 * place > self._space:
-                raise ValueError(
-                    f"there are {self._space // 2} different words, and more are wanted"
-                )
             number = self._rng.randrange(self._space)
             if number not in self._known:
                 self._known.add(number)

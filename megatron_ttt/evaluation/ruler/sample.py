@@ -33,6 +33,9 @@ BUILDERS: dict[RulerTask, Build] = {
 # A context is full with this share of its tokens used: it costs a few encodings, not twenty.
 _FULL = 0.995
 _FIRST_STEP = 64  # units, to learn how many tokens one has
+_GROWTH = 16
+_GUESSES = 12  # then the range is halved: texts whose tokens are nowhere near a line
+LONGEST = 2**20  # tokens; beyond, the lists of words would run out
 
 
 class TooShort(ValueError):
@@ -83,14 +86,13 @@ def make_sample(
     """A sample whose prompt and new tokens come as close to ``length`` as its text allows.
 
     Args:
-        length: tokens of the prompt and of what may be generated after it.
+        length: tokens of the prompt and of what may be generated after it, ``LONGEST`` at most.
         rng: see :func:`sample_rng`.
         haystack: the text between needles.
         depth: of the only needle, 0 to 1; for ``niah_single``.
 
     Raises:
         TooShort: the question alone is longer.
-        ValueError: it is so long that the task has not enough words.
     """
     puzzle = BUILDERS[task](rng, Setting(tokenizer, length, haystack, depth))
     answer_ids = _continuation(tokenizer, puzzle)
@@ -117,24 +119,27 @@ def _filled(
     """The prompt with the most units that fit into ``budget`` tokens, or nearly; ``ids``: fewest.
 
     Tokens of a text are not the sum of its words' tokens, so whole prompts are encoded; how many
-    units to try next follows from the line through what was found.
+    units to try next follows from the line through what was found. Texts grow ``_GROWTH`` times at
+    most, so that only the last of them are long.
     """
-    low = puzzle.smallest
+    aim = (1 + _FULL) / 2 * budget
+    low, tries = puzzle.smallest, 0
     high: int | None = None  # too many units
     high_tokens = 0
     step = _FIRST_STEP
     while len(ids) < _FULL * budget and high != low + 1:
+        tries += 1
         if high is None:
-            units = low + step
+            units = low + min(step, _GROWTH * max(low, _FIRST_STEP))
         else:
-            share = (budget - len(ids)) / (high_tokens - len(ids))
+            share = (aim - len(ids)) / (high_tokens - len(ids)) if tries < _GUESSES else 0.5
             units = min(high - 1, max(low + 1, low + int(share * (high - low))))
         found = encode(puzzle.prompt(units))
         if len(found) > budget:
             high, high_tokens = units, len(found)
         else:
-            gained = max(1, len(found) - len(ids))
-            step = max(1, (budget - len(found)) * (units - low) // gained)
+            step = int((aim - len(found)) * (units - low) / max(1, len(found) - len(ids)))
+            step = max(1, step)
             low, ids = units, found
     return ids
 

@@ -19,6 +19,12 @@ COMMON = 10
 # to the other words. The paper's own is the first.
 _COUNTS = ((30, 3), (20, 2), (10, 1), (5, 1))
 _EXAMPLE_COUNTS = (2, 5)  # of a common word; of words that stand once
+_LONGEST_OF_PAIRS = 2**17  # tokens of a context beyond which words have three parts, to have enough
+
+_COMMON_QUESTION = (
+    f"Question: Which {COMMON} words stand most often in the list above, in alphabetical order?\n"
+    f"Answer: The {COMMON} words that stand most often in the list above are"
+)
 
 FREQUENT = 3
 _NOISE = "...."
@@ -30,21 +36,26 @@ _ZETA_2 = pi**2 / 6
 
 def common_words(rng: random.Random, setting: Setting) -> Puzzle:
     """A numbered list; a worked example with other words shows what is wanted."""
-    draws = DistinctDraws(rng, len(ADJECTIVES) * len(NOUNS))
+    parts = 2 if setting.length <= _LONGEST_OF_PAIRS else 3
+    draws = DistinctDraws(rng, len(ADJECTIVES) ** (parts - 1) * len(NOUNS))
     often_shown, once_shown = _EXAMPLE_COUNTS
-    shown = [_word(number) for number in draws.between(0, COMMON)]
     skipped = COMMON + once_shown
-    rest = [_word(number) for number in draws.between(COMMON, skipped)]
-    example = _list(rng.getrandbits(64), often_shown * shown + rest)
+
+    def words(start: int, end: int) -> list[str]:
+        return [_word(number, parts) for number in draws.between(start, end)]
+
+    shown = words(0, COMMON)
+    example = _list(rng.getrandbits(64), often_shown * shown + words(COMMON, skipped))
+    answers = sorted(words(skipped, skipped + COMMON))
     seed = rng.getrandbits(64)
-    answers = sorted(_word(number) for number in draws.between(skipped, skipped + COMMON))
 
     def puzzle(often: int, rarely: int) -> Puzzle:
         def context(units: int) -> str:
             """``units`` entries besides the common words'; the last word may come up short."""
             first = skipped + COMMON
-            drawn = draws.between(first, first - (-units // rarely))
-            others = [_word(number) for number in drawn for _ in range(rarely)]
+            others = [
+                word for word in words(first, first - (-units // rarely)) for _ in range(rarely)
+            ]
             return _list(seed, often * answers + others[:units])
 
         return Puzzle(
@@ -67,20 +78,20 @@ def common_words(rng: random.Random, setting: Setting) -> Puzzle:
     return puzzles[-1]
 
 
-_COMMON_QUESTION = (
-    f"Question: Which {COMMON} words stand most often in the list above, in alphabetical order?\n"
-    f"Answer: The {COMMON} words that stand most often in the list above are"
-)
-
-
 def _list(seed: int, entries: list[str]) -> str:
     """``1. word 2. word ...`` in an order that the seed decides."""
     shuffled = random.Random(seed).sample(entries, len(entries))
     return " ".join(f"{number}. {word}" for number, word in enumerate(shuffled, 1))
 
 
-def _word(number: int) -> str:
-    return f"{ADJECTIVES[number % len(ADJECTIVES)]}-{NOUNS[number // len(ADJECTIVES)]}"
+def _word(number: int, parts: int) -> str:
+    """A noun behind adjectives, joined by hyphens."""
+    number, noun = divmod(number, len(NOUNS))
+    words = [NOUNS[noun]]
+    for _ in range(parts - 1):
+        number, adjective = divmod(number, len(ADJECTIVES))
+        words.insert(0, ADJECTIVES[adjective])
+    return "-".join(words)
 
 
 def frequent_words(rng: random.Random, setting: Setting) -> Puzzle:
@@ -114,7 +125,7 @@ def frequent_words(rng: random.Random, setting: Setting) -> Puzzle:
 
 def coded_counts(units: int) -> list[int]:
     """How often each rank appears; the ranks that never do are left out."""
-    counts = []
+    counts: list[int] = []
     while (count := int(units / (_ZETA_2 * (len(counts) + 1) ** 2))) > 0:
         counts.append(count)
     return counts
