@@ -1,16 +1,13 @@
 """Damaged or unfit data ends the training program with one line and status 2, nothing written."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.end_to_end.lives import Run
 from tests.unit.data.helpers import write_dataset
-
-ROOT = Path(__file__).parents[2]
 
 
 def write(prefix: Path, *, highest: int) -> None:
@@ -29,18 +26,17 @@ def beyond_the_vocabulary(prefix: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "said"),
     [(truncate, "bytes"), (beyond_the_vocabulary, "vocab")],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_unfit_data(tmp_path: Path, damage: Callable[[Path], None], words: str) -> None:
-    prefix, run = tmp_path / "corpus", tmp_path / "run"
+def test_unfit_data(tmp_path: Path, damage: Callable[[Path], None], said: str) -> None:
+    prefix = tmp_path / "corpus"
     damage(prefix)
-    command = [sys.executable, str(ROOT / "launch" / "pretrain.py"), "+model=tiny", "data=files"]
-    command += ["data.tokenizer.kind=bytes", f"data.path={prefix}", f"run.dir={run}"]
-    command += [f"data.cache_dir={tmp_path / 'cache'}"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2, done.stdout + done.stderr
-    (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"data.path={prefix}: ") and words in line
-    assert done.stdout == "" and not run.exists()
+    words = ["data=files", "data.tokenizer.kind=bytes", f"data.path={prefix}"]
+    run = Run(tmp_path / "run", [*words, f"data.cache_dir={tmp_path / 'cache'}"])
+    life = run.start()
+    assert life.wait() == 2, life.text
+    (line,) = life.text.strip().splitlines()
+    assert line.startswith(f"data.path={prefix}: ") and said in line
+    assert not run.folder.exists()
