@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.end_to_end.lives import Run
 from tests.unit.conversion.folders import QWEN3, write_hf
+from tools import convert_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 # The published keys of a model with live fast weights; write_hf fills every tensor at random.
@@ -26,7 +30,6 @@ LIVE: dict[str, Any] = {
     "ttt_chunk": 16,
 }
 RUN = [
-    "+model=tiny",
     "model.layers=2",
     "model.hidden_size=24",
     "model.ffn_hidden_size=20",
@@ -55,20 +58,28 @@ RUN = [
 ]
 
 
-def program(path: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """Run one of the project's programs to its end."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / path), *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=170,
-        cwd=ROOT,
-    )
+@dataclass
+class Done:
+    """What a finished command says: its exit status and both streams."""
+
+    status: int
+    stdout: str
+    stderr: str
 
 
-def convert(*words: object) -> subprocess.CompletedProcess[str]:
-    """Run ``tools/convert_checkpoint.py``."""
-    return program("tools/convert_checkpoint.py", *words)
+Convert = Callable[..., Done]
+
+
+@pytest.fixture
+def convert(capsys: pytest.CaptureFixture[str]) -> Convert:
+    """Run ``tools/convert_checkpoint.py`` in this process."""
+
+    def run(*words: object) -> Done:
+        capsys.readouterr()
+        status = convert_checkpoint.main([str(word) for word in words])
+        return Done(status, *capsys.readouterr())
+
+    return run
 
 
 def scaled(folder: Path) -> None:
@@ -82,40 +93,39 @@ def scaled(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_import_train_export(tmp_path: Path) -> None:
+def test_import_train_export(convert: Convert, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", LIVE, dtype=torch.float32)
     scaled(tmp_path / "hf")
     imported = convert("import", tmp_path / "hf", tmp_path / "megatron", "--verify")
-    assert imported.returncode == 0, imported.stderr
+    assert imported.status == 0, imported.stderr
     assert f"checkpoint.load={tmp_path / 'megatron'}" in imported.stdout
 
     losses = []
     for place in (f"hf:{tmp_path / 'hf'}", str(tmp_path / "megatron")):
-        run = tmp_path / f"run{len(losses)}"
-        trained = program("launch/pretrain.py", *RUN, f"checkpoint.load={place}", f"run.dir={run}")
-        assert trained.returncode == 0, trained.stderr
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        run = Run(tmp_path / f"run{len(losses)}", [*RUN, f"checkpoint.load={place}"])
+        run.complete()
+        rows = run.rows()
         losses.append([row["loss"] for row in rows])
         assert 0.01 < rows[-1]["ttt/update_ratio/layer_01"] < 0.5
     assert losses[0] == losses[1]
 
-    for place in (f"hf:{tmp_path / 'hf'}", str(tmp_path / "megatron")):
+    for name, place in (("hf", f"hf:{tmp_path / 'hf'}"), ("own", str(tmp_path / "megatron"))):
         words = [*RUN, "model.rope.base=1e4", f"checkpoint.load={place}"]
-        other = program("launch/pretrain.py", *words, f"run.dir={tmp_path / 'other'}")
-        assert other.returncode == 2
-        (line,) = other.stderr.splitlines()
+        other = Run(tmp_path / f"other_{name}", words).start()
+        assert other.wait() == 2, other.text
+        (line,) = other.text.splitlines()
         assert line.startswith("model.rope.base=10000.0: the checkpoint has rope_theta=1000000.0")
 
     saved = tmp_path / "run0" / "checkpoints" / "step_00000002"
     exported = convert("export", saved, tmp_path / "back", "--verify")
-    assert exported.returncode == 0, exported.stderr
+    assert exported.status == 0, exported.stderr
     stages = [line.split()[0] for line in exported.stdout.splitlines()]
     assert stages == ["embedding", "layer", "layer", "logits", "exported"]
     assert (tmp_path / "back" / "tokenizer.json").exists()  # found where the run began
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["model_type"] == "qwen3_ttt" and "auto_map" in config
     changed = convert("diff", tmp_path / "hf", tmp_path / "back")
-    assert changed.returncode == 1
+    assert changed.status == 1
     assert "model.layers.1.mlp.ttt_proj.weight: values" in changed.stdout
 
 
@@ -153,19 +163,25 @@ def test_verification_names_the_first_layer_that_differs(tmp_path: Path) -> None
             verify(stages, note)
 
 
-def test_mistakes_take_one_line_and_exit_2(tmp_path: Path) -> None:
+def test_mistakes_take_one_line_and_exit_2(convert: Convert, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", QWEN3)
-    missing = convert("import", tmp_path / "nothing", tmp_path / "megatron")
+    words = ["import", str(tmp_path / "nothing"), str(tmp_path / "megatron")]
+    missing = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *words],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1), missing.stderr
     assert str(tmp_path / "nothing") in missing.stderr
     differs = convert("import", tmp_path / "hf", tmp_path / "megatron", "--model", "qwen3_0_6b")
-    assert differs.returncode == 2
+    assert differs.status == 2
     lines = differs.stderr.splitlines()
     assert any(line.startswith("model.layers=28: the checkpoint has") for line in lines)
     assert any("num_attention_heads=4" in line for line in lines)
     assert not list(tmp_path.glob("megatron*"))
     dry = convert("import", tmp_path / "hf", tmp_path / "megatron", "--dry-run")
-    assert dry.returncode == 0, dry.stderr
+    assert dry.status == 0, dry.stderr
     assert "decoder.layers.0.mlp.ttt_proj.weight" in dry.stdout
     assert "initialised from the seed" in dry.stdout
     assert not list(tmp_path.glob("megatron*"))
