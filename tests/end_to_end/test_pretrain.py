@@ -27,6 +27,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Path, str]:
+    """The folder of a run with everything that can be logged, and what it printed."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    words = ("logging.plot=true", "logging.tensorboard=true", "logging.wandb=offline")
+    return folder, pretrain(folder, cache, *words)
+
+
 def pretrain(folder: Path, cache: Path, *arguments: str, ranks: int = 1) -> str:
     """Start the program; what it printed. A failure shows both streams."""
     command = [sys.executable, "launch/pretrain.py"]
@@ -43,11 +51,8 @@ def rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_process_trains_reports_and_plots(tmp_path: Path, cache: Path) -> None:
-    run = tmp_path / "run"
-    printed = pretrain(
-        run, cache, "logging.plot=true", "logging.tensorboard=true", "logging.wandb=offline"
-    )
+def test_one_process_trains_reports_and_plots(one_process: tuple[Path, str]) -> None:
+    run, printed = one_process
     found = rows(run)
     assert [row["step"] for row in found] == list(range(1, 9))
     assert all(row.keys() >= COLUMNS for row in found)
@@ -63,10 +68,11 @@ def test_one_process_trains_reports_and_plots(tmp_path: Path, cache: Path) -> No
     assert "Warning" not in printed and "Traceback" not in printed
 
 
-def test_two_ranks_sharing_sequences_train_the_same_model(tmp_path: Path, cache: Path) -> None:
-    pretrain(tmp_path / "one", cache)
+def test_two_ranks_sharing_sequences_train_the_same_model(
+    one_process: tuple[Path, str], tmp_path: Path, cache: Path
+) -> None:
     pretrain(tmp_path / "two", cache, "parallel.cp=2", ranks=2)
-    for one, two in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
+    for one, two in zip(rows(one_process[0]), rows(tmp_path / "two"), strict=True):
         for column in ("loss", "grad_norm", "ttt/update_ratio/layer_01"):
             assert two[column] == pytest.approx(one[column], rel=2e-4)
         assert two["lr"] == one["lr"]
