@@ -239,19 +239,18 @@ def _progress(subject: Subject) -> Progress:
 
 
 def comparison_columns(modes: Sequence[TTTMode]) -> list[tuple[str, str]]:
-    """Columns of ``comparison``: samples, score (percent) and answer loss of each reading."""
-    columns = [("samples", "d")]
-    columns += [(f"score %, {MODE_NAMES[mode]}", ".1f") for mode in modes]
-    columns += [(f"answer loss, {MODE_NAMES[mode]}", ".3f") for mode in modes]
+    """Columns of ``comparison``, narrow: score (percent) and answer loss of each reading."""
+    names = [MODE_NAMES[mode].removeprefix("ttt ") for mode in modes]
+    columns = [(f"{name}, %", ".1f") for name in names]
+    columns += [(f"{name}, loss", ".3f") for name in names]
     if len(modes) == 2:
-        columns += [("on - off", "+.3f"), ("± s.e.", ".3f")]
+        columns += [("on-off", "+.3f"), ("± s.e.", ".3f")]
     return columns
 
 
 def comparison(answered: Sequence[Answered], modes: Sequence[TTTMode]) -> list[Any]:
     """One row of a table: means over samples, and over the samples' differences."""
-    row: list[Any] = [len(answered)]
-    row += [100 * mean_score(answered, mode) for mode in modes]
+    row: list[Any] = [100 * mean_score(answered, mode) for mode in modes]
     row += [mean_loss(answered, mode) for mode in modes]
     if len(modes) == 2:
         one, other = modes

@@ -52,7 +52,7 @@ def run_needles(subject: Subject, config: EvaluationConfig) -> Report:
         ],
         "results": [one.values() for one in answered],
     }
-    tables = [_table(answered, cells, subject.modes)]
+    tables = [_table(answered, cells, subject.modes, samples=settings.samples)]
     return Report(tables, values, draw=partial(_draw, cells, subject.modes))
 
 
@@ -71,14 +71,17 @@ def needle_depths(count: int) -> list[float]:
     return [place / (count - 1) for place in range(count)] if count > 1 else [0.5]
 
 
-def _table(answered: Sequence[Answered], cells: Cells, modes: Sequence[TTTMode]) -> Table:
+def _table(
+    answered: Sequence[Answered], cells: Cells, modes: Sequence[TTTMode], *, samples: int
+) -> Table:
     columns = [("length", ""), ("depth", ""), *comparison_columns(modes)]
     body = [
         [str(length), f"{depth:.2f}", *comparison(some, modes)]
         for (depth, length), some in cells.items()
     ]
     body.append(["all", "", *comparison(answered, modes)])
-    return Table("One needle; answer loss in nats a token", columns, body)
+    title = f"One needle, {samples} samples each: score, loss of the answer in nats"
+    return Table(title, columns, body)
 
 
 @dataclass(frozen=True)

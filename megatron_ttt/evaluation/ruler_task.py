@@ -52,7 +52,7 @@ def run_ruler(subject: Subject, config: EvaluationConfig) -> Report:
         ],
         "results": [one.values() for one in answered],
     }
-    tables = [_table(groups, subject.modes)]
+    tables = [_table(groups, subject.modes, samples=settings.samples)]
     return Report(tables, values, draw=partial(_draw, groups, subject.modes))
 
 
@@ -79,12 +79,13 @@ def _groups(answered: Sequence[Answered]) -> Groups:
     return groups
 
 
-def _table(groups: Groups, modes: Sequence[TTTMode]) -> Table:
+def _table(groups: Groups, modes: Sequence[TTTMode], *, samples: int) -> Table:
     columns = [("task", ""), ("length", "d"), *comparison_columns(modes)]
     body: list[list[Any]] = [
         [name, length, *comparison(some, modes)] for (name, length), some in groups.items()
     ]
-    return Table("RULER-style tasks; answer loss in nats a token", columns, body)
+    title = f"RULER-style tasks, {samples} samples each: score, loss of the answer in nats"
+    return Table(title, columns, body)
 
 
 def _draw(groups: Groups, modes: Sequence[TTTMode]) -> Figure:
