@@ -15,7 +15,7 @@ Text goes to standard output as it is generated, everything else to standard err
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,22 +23,20 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.reading import ReadingMode, ReadingRule, rule_faults
-from megatron_ttt.config.schema import ClipMode
+from megatron_ttt.config.reading import (
+    RULE_KEYS,
+    ReadingMode,
+    ReadingRule,
+    rule_faults,
+    set_rule_key,
+)
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
 if TYPE_CHECKING:
     from megatron_ttt.inference.backend import Backend
     from megatron_ttt.inference.generation import Generated
 
-# What the keys of the update rule hold, and how to say so.
-RULE_KEYS: dict[str, tuple[Callable[[str], object], str]] = {
-    "ttt.eta": (float, "a number"),
-    "ttt.chunk_size": (int, "a whole number"),
-    "ttt.decay": (float, "a number"),
-    "ttt.clip.mode": (ClipMode, "one of " + ", ".join(mode.value for mode in ClipMode)),
-    "ttt.clip.bound": (float, "a number"),
-}
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -75,7 +73,7 @@ def parser() -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("model", type=Path, help="folder of an exported model or of a Megatron checkpoint")
+    add("model", type=Path, help="an exported model, a Megatron checkpoint, or a run")
     add("overrides", nargs="*", metavar="KEY=VALUE", help=_valid())
     add("--prompt", action="append", metavar="TEXT", help="repeat it for a batch of rows")
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
@@ -101,6 +99,7 @@ def parse_overrides(words: list[str]) -> Overrides:
     """
     Raises:
         Mistake: a key or value that means nothing here.
+        ConfigError: a value that the key cannot have.
     """
     found = Overrides()
     for word in words:
@@ -108,7 +107,7 @@ def parse_overrides(words: list[str]) -> Overrides:
         if key in ("ttt", "ttt.mode") and value in ("off", "in_place"):
             found.rule.mode = ReadingMode[value]
         elif key in RULE_KEYS:
-            _set(found.rule, key, value)
+            set_rule_key(found.rule, key, value)
         elif key in ("parallel.tp", "parallel.cp") and value.isdigit() and int(value) > 0:
             setattr(found, key.removeprefix("parallel."), int(value))
         else:
@@ -118,22 +117,13 @@ def parse_overrides(words: list[str]) -> Overrides:
     return found
 
 
-def _set(rule: ReadingRule, key: str, value: str) -> None:
-    kind, said = RULE_KEYS[key]
-    part: object = rule.clip if key.startswith("ttt.clip.") else rule
-    try:
-        setattr(part, key.rpartition(".")[2], kind(value))
-    except ValueError as error:
-        raise Mistake(f"{key}={value}: must be {said}") from error
-
-
 @contextmanager
 def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[Backend[Any]]":
     """
     Raises:
         Mistake: the folder holds no model, or the ranks do not fit.
     """
-    folder: Path = options.model
+    folder: Path = checkpoint_folder(options.model)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if (folder / "metadata.json").is_file():
         needed = overrides.tp * overrides.cp

@@ -5,7 +5,7 @@ its choice is examined (ablations) and how a bad one is tamed (``decay``, ``clip
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -40,6 +40,30 @@ class ReadingRule:
     clip: ClipChanges = field(default_factory=ClipChanges)
 
 
+# What the keys of the update rule hold, and how to say so.
+RULE_KEYS: dict[str, tuple[Callable[[str], object], str]] = {
+    "ttt.eta": (float, "a number"),
+    "ttt.chunk_size": (int, "a whole number"),
+    "ttt.decay": (float, "a number"),
+    "ttt.clip.mode": (ClipMode, "one of " + ", ".join(mode.value for mode in ClipMode)),
+    "ttt.clip.bound": (float, "a number"),
+}
+
+
+def set_rule_key(rule: ReadingRule, key: str, value: str) -> None:
+    """Set one of ``RULE_KEYS`` to what was typed, for programs without Hydra.
+
+    Raises:
+        ConfigError: the key cannot have such a value.
+    """
+    kind, said = RULE_KEYS[key]
+    part: object = rule.clip if key.startswith("ttt.clip.") else rule
+    try:
+        setattr(part, key.rpartition(".")[2], kind(value))
+    except ValueError as error:
+        raise ConfigError([Fault(key, value, f"must be {said}")]) from error
+
+
 def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     """The checkpoint's update rule with the keys of ``rule`` that are set."""
     clip = ClipConfig(
@@ -65,6 +89,8 @@ def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     if ttt.mode is TTTMode.off:
         message = "the checkpoint has no fast weights"
         faults += [Fault(key, value, message) for key, value in _set_keys(rule)]
+        if rule.mode is ReadingMode.in_place:
+            faults.append(Fault("ttt.mode", rule.mode, message))
     changed = changed_rule(ttt, rule)
     if not faults and rule.clip.bound is not None and changed.clip.mode is ClipMode.off:
         message = "the checkpoint has ttt.clip.mode=off; give relative or absolute beside the bound"
@@ -106,18 +132,3 @@ def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
         yield Fault("ttt.decay", rule.decay, "must lie in (0, 1]; 1 keeps everything")
     if rule.clip.bound is not None and not rule.clip.bound > 0:
         yield Fault("ttt.clip.bound", rule.clip.bound, "must be above 0")
-
-
-def unfit_rule(ttt: TTTConfig, rule: ReadingRule) -> Iterator[Fault]:
-    """What ``rule`` asks of a checkpoint that was trained without fast weights."""
-    if ttt.mode is not TTTMode.off:
-        return
-    if rule.mode is ReadingMode.in_place:
-        yield Fault("ttt.mode", rule.mode, "the checkpoint has no fast weights; valid: both, off")
-    for name in ("eta", "chunk_size", "decay"):
-        if getattr(rule, name) is not None:
-            yield Fault(f"ttt.{name}", getattr(rule, name), "the checkpoint has no fast weights")
-    for name in ("mode", "bound"):
-        value = getattr(rule.clip, name)
-        if value is not None:
-            yield Fault(f"ttt.clip.{name}", value, "the checkpoint has no fast weights")

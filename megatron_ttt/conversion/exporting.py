@@ -200,7 +200,7 @@ def export_checkpoint(
                 for piece in pieces:
                     report(piece.name, piece.bytes)
         if len(shards) > 1:
-            folder.write_text(INDEX, _index(shards))
+            folder.write_text(INDEX, weights_index(shards))
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
         for path in companions(companions_from) if companions_from is not None else []:
             folder.copy(path, path.name)
@@ -261,7 +261,7 @@ def write_shard(
         report(piece.name, piece.bytes)
 
 
-def _index(shards: dict[str, list[Piece]]) -> str:
+def weights_index(shards: dict[str, list[Piece]]) -> str:
     total = sum(piece.bytes for pieces in shards.values() for piece in pieces)
     weights = {piece.name: file for file, pieces in shards.items() for piece in pieces}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weights.items()))}

@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from megatron_ttt.config.faults import ConfigError, Fault, show
-from megatron_ttt.config.reading import unfit_rule
 from megatron_ttt.conversion.manifest import HF_SCHEME
 from megatron_ttt.evaluation.documents import batches, held_out_rows
 from megatron_ttt.evaluation.health import run_health
@@ -118,8 +117,6 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
         ConfigError: see :func:`evaluate`.
     """
     source = find_source(checkpoint)
-    if unfit := list(unfit_rule(source.ttt, config.ttt)):
-        raise ConfigError(unfit)
     task = TASKS[config.task]
     lengths = task.lengths(source, config)
     for key, values in lengths.items():

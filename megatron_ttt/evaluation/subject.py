@@ -13,7 +13,7 @@ import torch
 
 from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.reading import changed_rule, modes
+from megatron_ttt.config.reading import fitting_rule, modes
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -41,10 +41,8 @@ from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
-from megatron_ttt.training.checkpoint_files import LATEST
+from megatron_ttt.training.checkpoint_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.training.distributed import Ranks, distributed, world
-
-_CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,12 @@ def find_source(checkpoint: str) -> Source:
             ttt=TTTConfig(mode=TTTMode.off) if ttt is None else ttt,
             trained={},
         )
-    path = _resolve(Path(checkpoint))
+    path = checkpoint_folder(Path(checkpoint))
     folder = MegatronFolder(path)
     model, ttt = described_model(folder)
     trained = folder.facts.get("config", {})
     parent = path.resolve().parent
-    run = parent.parent if parent.name == _CHECKPOINTS else None
+    run = parent.parent if parent.name == CHECKPOINTS else None
     name = path.name if run is None else run.name
     return Source(path, name, run, folder, model, ttt, trained)
 
@@ -126,15 +124,6 @@ def row_length(source: Source, length: int | None, *, key: str) -> int:
     return trained
 
 
-def _resolve(path: Path) -> Path:
-    """A run's newest checkpoint, or the checkpoint folder itself."""
-    if (path / _CHECKPOINTS).is_dir():
-        path = path / _CHECKPOINTS / LATEST
-    if path.name == LATEST and path.is_file():
-        path = path.parent / path.read_text(encoding="utf-8").strip()
-    return path
-
-
 def reading_config(
     source: Source, config: EvaluationConfig, *, length: int, world_size: int
 ) -> Config:
@@ -147,7 +136,7 @@ def reading_config(
         world_size: ranks of the job.
 
     Raises:
-        ConfigError: ranks or chunks that do not fit the model or the length.
+        ConfigError: a changed rule that does not fit the checkpoint.
     """
     model = replace(source.model, attention=AttentionBackend.torch)
     known = source.trained.get("data", {})
@@ -155,7 +144,7 @@ def reading_config(
     return Config(
         run=RunConfig(name=source.name, dir="unused", resume="never"),
         model=model,
-        ttt=changed_rule(source.ttt, config.ttt),
+        ttt=fitting_rule(source.ttt, config.ttt),
         data=DataConfig(path="unused", **{flag: known[flag] for flag in flags if flag in known}),
         parallel=ParallelConfig(
             tp=config.parallel.tp,

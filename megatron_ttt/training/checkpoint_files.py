@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST = "manifest.json"
+CHECKPOINTS = "checkpoints"  # in a run's folder
 LATEST = "latest"
 PARTIAL = ".partial"
 DAMAGED = ".damaged"
@@ -74,6 +75,18 @@ class DamagedCheckpoint(Exception):
 def step_folder(root: Path, step: int) -> Path:
     """``checkpoints/step_00000100``."""
     return root / f"step_{step:08d}"
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """What a user means by a run's folder or its ``latest``: the newest checkpoint; else ``path``.
+
+    A name that ``latest`` holds is not checked: whoever opens the folder says what is wrong.
+    """
+    if (path / CHECKPOINTS / LATEST).is_file():
+        path = path / CHECKPOINTS / LATEST
+    if path.name == LATEST and path.is_file():
+        path = path.parent / path.read_text(encoding="utf-8").strip()
+    return path
 
 
 def partial_folder(root: Path, step: int, token: str) -> Path:

@@ -1,0 +1,174 @@
+"""A text folded into plain weights: what transformers computes with them, and what it is not."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_ttt.inference.baking import Distance, distance
+from tests.unit.hf.models import CHUNK, live_model
+from tools.bake import main
+
+LENGTH = 3 * CHUNK + 5  # the last five tokens are in no whole chunk
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = random.Random(1)
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("".join(draw.choice("abcdefgh ") for _ in range(LENGTH)))
+    return path
+
+
+@pytest.fixture
+def baked(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[dict[str, Any], Path]]:
+    def call(model: Any, *words: str) -> tuple[dict[str, Any], Path]:
+        """The report, and the folder, whose printed lines name the losses."""
+        model.save_pretrained(tmp_path / "exported")
+        out = tmp_path / "baked"
+        options = ["--tokenizer", "bytes", "--probe-tokens", "20", *words]
+        assert main([str(tmp_path / "exported"), str(out), "--read", str(text), *options]) == 0
+        report = json.loads((out / "bake.json").read_text())
+        assert f"baked {report['losses']['baked']:.4f}" in capsys.readouterr().out
+        return report, out
+
+    return call
+
+
+@torch.no_grad()
+def folded(model: Any, tokens: list[int], *, until: int) -> dict[str, torch.Tensor]:
+    """``W0 + eta * S`` after the first ``until`` tokens, by an independent walk over the chunks."""
+    states: dict[int, torch.Tensor] = {}
+    keys: dict[int, torch.Tensor] = {}
+    sources: dict[int, torch.Tensor] = {}
+    hooks = []
+    for layer in model.config.ttt_layers:
+        mlp = model.model.layers[layer].mlp
+
+        def keep(module: Any, inputs: Any, *_: Any, layer: int = layer) -> None:
+            hidden = inputs[0][0]
+            gate = torch.nn.functional.silu(module.gate_proj(hidden))
+            keys[layer], sources[layer] = gate * module.up_proj(hidden), hidden
+
+        hooks.append(mlp.register_forward_pre_hook(keep))
+    model(torch.tensor([tokens[:until]]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    for layer in model.config.ttt_layers:
+        mlp = model.model.layers[layer].mlp
+        state = torch.zeros_like(mlp.down_proj.weight)
+        for first in range(0, until, CHUNK):
+            source = sources[layer][first : min(first + CHUNK, until)].T[None]
+            conv = torch.nn.functional.conv1d(
+                source, mlp.ttt_conv.weight, padding=2, groups=source.shape[1]
+            )
+            target = conv[0].T @ mlp.ttt_proj.weight
+            state += target.T @ keys[layer][first : min(first + CHUNK, until)]
+        states[f"model.layers.{layer}.mlp.down_proj.weight"] = (
+            mlp.down_proj.weight + model.config.ttt_lr * state
+        )
+    return states
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen3", True), ("llama", False)])
+def test_any_engine_computes_what_the_model_remembers(
+    family: str, tied: bool, baked: Callable[..., Any], text: Path
+) -> None:
+    model = live_model(family, dtype=torch.float32, vocab_size=258, tie_word_embeddings=tied)
+    report, out = baked(model)
+    assert report["tokens_read"] == LENGTH
+    assert all(0.05 < ratio < 0.4 for ratio in report["update_ratios"].values())
+    assert report["frozen"]["largest"] < 1e-5 and report["frozen"]["divergence"] < 1e-9
+    assert report["live"]["largest"] > 100 * report["frozen"]["largest"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == family
+    assert not [key for key in config if key.startswith("ttt_") or key == "auto_map"]
+    plain = AutoModelForCausalLM.from_pretrained(out)
+    assert "ttt" not in type(plain).__name__.lower()
+    weights = dict(plain.named_parameters())
+    assert not [name for name in weights if "ttt" in name]
+    tokens = list(text.read_bytes())
+    for name, wanted in folded(model, tokens, until=LENGTH).items():
+        torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-5)
+        unflushed = folded(model, tokens, until=3 * CHUNK)[name]
+        assert (weights[name] - unflushed).norm() > 1e-2
+    untouched = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(weights[untouched], dict(model.named_parameters())[untouched])
+
+
+def test_low_precision_is_rounded_once(baked: Callable[..., Any]) -> None:
+    model = live_model(dtype=torch.float32, vocab_size=258).to(torch.bfloat16)
+    report, out = baked(model)
+    assert report["frozen"] == asdict(Distance(0.0, 0.0))  # the very same matrices
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {
+        torch.bfloat16
+    }
+
+
+def test_distance_of_known_logits() -> None:
+    one = torch.tensor([[0.0, 0.0], [4.0, 0.0]])
+    assert distance(one, one) == Distance(0.0, 0.0)
+    other = torch.tensor([[0.0, 0.0], [4.0, 1.0]])
+    found = distance(one, other)
+    assert found.largest == pytest.approx(1 / 4)
+    p = torch.tensor([4.0, 0.0]).softmax(0)
+    q = torch.tensor([4.0, 1.0]).softmax(0)
+    assert found.divergence == pytest.approx(float((p * (p / q).log()).sum()) / 2)
+
+
+def test_mistakes_take_one_line_and_leave_nothing(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, plain, out = tmp_path / "exported", tmp_path / "plain", tmp_path / "baked"
+    live_model(dtype=torch.float32, vocab_size=258, max_position_embeddings=30).save_pretrained(
+        model
+    )
+    live_model(dtype=torch.float32, vocab_size=258, ttt_mode=True).save_pretrained(plain)
+    config = json.loads((plain / "config.json").read_text())
+    (plain / "config.json").write_text(json.dumps({**config, "ttt_mode": False}))
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "there").mkdir()
+    long = tmp_path / "long.txt"
+    long.write_text("x" * 40)
+    read = ["--read", str(text), "--tokenizer", "bytes"]
+    mistakes = [
+        ([str(model), str(out)], "there is nothing to fold: give --read or --memory"),
+        ([str(model), str(tmp_path / "there"), *read], "there: exists"),
+        ([str(tmp_path / "no"), str(out), *read], "no: neither config.json nor metadata.json"),
+        ([str(plain), str(out), *read], "plain: has no fast weights to fold"),
+        ([str(model), str(out), "--read", str(text)], "exported: has no tokenizer"),
+        (
+            [str(model), str(out), "--read", str(tmp_path / "empty.txt"), "--tokenizer", "bytes"],
+            "empty.txt: the text is empty",
+        ),
+        (
+            [str(model), str(out), "--read", str(tmp_path / "none"), "--tokenizer", "bytes"],
+            "none: cannot be read",
+        ),
+        (
+            [str(model), str(out), "--read", str(long), "--tokenizer", "bytes"],
+            "40 tokens, but the model has 30 positions (--beyond-positions=allow",
+        ),
+        ([str(model), str(out), *read, "--memory", "no.memory"], "no.memory"),
+        ([str(model), str(out), *read, "--probe-tokens", "0"], "--probe-tokens 0: must be"),
+        ([str(model), str(out), *read, "ttt.decay=2"], "ttt.decay=2.0: must lie in (0, 1]"),
+        ([str(model), str(out), *read, "ttt.decay=x"], "ttt.decay=x: must be a number"),
+        ([str(model), str(out), *read, "ttt.rate=2"], "ttt.rate=2: valid are ttt.eta, "),
+    ]
+    for words, said in mistakes:
+        capsys.readouterr()
+        assert main(words) == 2, words
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(lines) == 1 and said in lines[0], lines
+        assert not out.exists() and not list(tmp_path.glob("baked*"))
