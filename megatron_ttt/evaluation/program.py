@@ -145,9 +145,13 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
 
 
 def output_folder(source: Source, config: EvaluationConfig) -> Path:
-    """``output``, or ``evaluation`` beside the run's checkpoints, or a folder of the same name."""
+    """``output`` (below it one folder a checkpoint, if ``checkpoint`` is a pattern).
+
+    Without it ``evaluation`` in the run's folder, or a folder of the checkpoint's name.
+    """
     if config.output is not None:
-        return Path(config.output)
+        several = "*" in config.checkpoint
+        return Path(config.output) / source.name if several else Path(config.output)
     return source.run / "evaluation" if source.run is not None else _OUTPUTS / source.name
 
 
