@@ -198,7 +198,11 @@ def _expected(annotation: Any) -> str:
         text = words[inner]
     elif typing.get_origin(inner) is list:
         (item,) = typing.get_args(inner)
-        text = {int: "a list of integers", str: "a list of texts"}.get(item, "a list")
+        known = {int: "a list of integers", str: "a list of texts"}
+        if isinstance(item, type) and issubclass(item, Enum):
+            text = f"a list of {', '.join(item.__members__)}"
+        else:
+            text = known.get(item, "a list")
     elif dataclasses.is_dataclass(inner):
         text = f"keys among {', '.join(typing.get_type_hints(inner))}"
     else:

@@ -134,9 +134,46 @@ def test_speed_counts_both_readings(run: Callable[..., str], tmp_path: Path) -> 
         assert extra > 2 * cell["batch"] * 32 * 48 * 4
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("ruler", ["ruler.tasks=[niah_single]", "ruler.lengths=[240,256]", "ruler.samples=2"]),
+        ("needles", ["needles.lengths=[256]", "needles.depths=2", "needles.samples=1"]),
+        ("health", [f"health.length={LENGTH}", "health.rows=2", "health.positions=2"]),
+    ],
+)
+def test_other_tasks_print_both_readings_and_draw(
+    run: Callable[..., str], tmp_path: Path, task: str, words: list[str]
+) -> None:
+    printed = run(f"task={task}", *words)
+    assert "on" in printed and "off" in printed
+    assert json.loads((tmp_path / "out" / f"{task}.json").read_text())["task"] == task
+    assert (tmp_path / "out" / f"{task}.png").read_bytes().startswith(PNG)
+
+
 MISTAKES = {
     "no task": ((), "task=???: must be given: one of perplexity, ruler, needles, speed, health"),
     "unknown task": (("task=perplexty",), "task=perplexty: did you mean perplexity? must be one"),
+    "unknown kind": (
+        ("task=ruler", "ruler.tasks=[niah]"),
+        "ruler.tasks=[niah]: must be a list of niah_single, niah_multikey, ",
+    ),
+    "tasks longer than the model": (
+        ("task=ruler", "ruler.tasks=[niah_single]", "ruler.lengths=[100,300]"),
+        "ruler.lengths=300: exported has 256 positions; beyond_positions=true reads on",
+    ),
+    "needles longer than the model": (
+        ("task=needles", "needles.lengths=[512]"),
+        "needles.lengths=512: exported has 256 positions",
+    ),
+    "a length too short for a task": (
+        ("task=ruler", "ruler.tasks=[niah_multiquery]", "ruler.lengths=[100]"),
+        "ruler.lengths=100: niah_multiquery takes about",
+    ),
+    "health of rows of one chunk": (
+        ("task=health", "health.length=8"),
+        "health.length=8: is no longer than a chunk",
+    ),
     "unknown key": (("task=speed", "speed.length=[4]"), "speed.length=[4]: no such key; did you"),
     "no checkpoint": (("task=speed", "checkpoint=nowhere"), "nowhere"),
     "no such run": (("task=speed", "checkpoint=no*where"), "checkpoint=no*where: no folder has"),
