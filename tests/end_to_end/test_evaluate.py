@@ -137,15 +137,15 @@ def test_speed_counts_both_readings(run: Callable[..., str], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        ("ruler", ["ruler.tasks=[niah_single]", "ruler.lengths=[240,256]", "ruler.samples=2"]),
-        ("needles", ["needles.lengths=[256]", "needles.depths=2", "needles.samples=1"]),
+        ("ruler", ["ruler.tasks=[niah_single]", "ruler.lengths=[300,330]", "ruler.samples=2"]),
+        ("needles", ["needles.lengths=[320]", "needles.depths=2", "needles.samples=1"]),
         ("health", [f"health.length={LENGTH}", "health.rows=2", "health.positions=2"]),
     ],
 )
 def test_other_tasks_print_both_readings_and_draw(
     run: Callable[..., str], tmp_path: Path, task: str, words: list[str]
 ) -> None:
-    printed = run(f"task={task}", *words)
+    printed = run(f"task={task}", "beyond_positions=true", *words)
     assert "on" in printed and "off" in printed
     assert json.loads((tmp_path / "out" / f"{task}.json").read_text())["task"] == task
     assert (tmp_path / "out" / f"{task}.png").read_bytes().startswith(PNG)
