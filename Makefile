@@ -52,6 +52,7 @@ demo: setup ## from a fresh clone to a trained model: data, 2 ranks sharing ever
 	@rm -rf $(DEMO_DIR)
 	$(call step,demo: +model=tiny on the standard library with 2 ranks,$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py +model=tiny parallel.cp=2 logging.interval=10 logging.plot=true run.name=demo $(DEMO_ARGS))
 	@echo "== done. Everything is in $(DEMO_DIR)/: loss.png (the plot), metrics.jsonl (one line a step), config.yaml (the whole configuration), checkpoints/latest (the model)"
+	@echo "   next: $(BIN)/python tools/evaluate.py task=perplexity checkpoint=$(DEMO_DIR)"
 
 test: lint ## the whole CPU suite: linter, types, import directions, every test
 	$(call step,tests,$(BIN)/python -m pytest $(PYTEST_ARGS))

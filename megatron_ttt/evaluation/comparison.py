@@ -25,6 +25,7 @@ from megatron_ttt.config.run_directory import flatten
 from megatron_ttt.evaluation.report import Report, Table
 
 BASELINE = "ttt=off"
+READ = "read "  # before the keys of an update rule under which a run was read, not trained
 REFERENCE = "reference"  # of the setting that differs from the most frequent values in nothing
 _COLOURS = ("#475569", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d", "#1d4ed8", "#4d7c0f")
 # What may differ between runs of one setting, and is no setting.
@@ -37,8 +38,8 @@ class Result:
 
     Attributes:
         path: of the file.
-        settings: the run's configuration by dotted key, ``ttt.*`` as it was read, without what is
-            no setting.
+        settings: the run's configuration by dotted key, without what is no setting; and what was
+            changed of its update rule for this reading, behind ``READ``.
         seed: of the run.
         text: what has to be equal for losses to be comparable.
         starts: first position of each bin.
@@ -74,12 +75,15 @@ def read_result(path: Path) -> Result:
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        trained = flatten({**document["trained"], "ttt": document["ttt"]})
+        trained, read = flatten(document["trained"]), flatten({"ttt": document["ttt"]})
+        changed = {
+            f"{READ}{key}": value for key, value in read.items() if value != trained.get(key)
+        }
         readings = document["readings"]
         own, off = readings[trained["ttt.mode"]], readings.get("off")
         return Result(
             path=path,
-            settings={k: v for k, v in trained.items() if not _excluded(k)},
+            settings={k: v for k, v in trained.items() if not _excluded(k)} | changed,
             seed=trained["train.seed"],
             text=(document["length"], document["rows"], len(document["bins"])),
             starts=tuple(first for first, _ in document["bins"]),
@@ -149,6 +153,7 @@ def group(results: Sequence[Result]) -> list[Setting]:
             [r.settings.get(key) for r in (trained if key.startswith("ttt.") else results)]
         )
         for key in sorted(keys)
+        if not key.startswith(READ)  # a changed reading is always named
     }
     settings: dict[tuple[str, str], dict[int, Result]] = defaultdict(dict)
     for result in results:
@@ -195,7 +200,7 @@ def _labels(result: Result, usual: Mapping[str, Any]) -> tuple[str, str]:
         own: " ".join(
             f"{key}={show(value)}"
             for key, value in changed.items()
-            if key.startswith("ttt.") is own
+            if key.removeprefix(READ).startswith("ttt.") is own
         )
         for own in (True, False)
     }

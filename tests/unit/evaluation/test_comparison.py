@@ -21,6 +21,7 @@ def write(
     eta: float = 1.0,
     sigma: float = 0.02,
     length: int = 4,
+    read_eta: float | None = None,
 ) -> Path:
     """A result with four bins of one token; the window covers the first two."""
     losses = [9.0, 9.0, far - 0.1, far + 0.1]
@@ -29,7 +30,7 @@ def write(
         readings["in_place"] = {"loss_by_position": losses}
         readings["off"] = {"loss_by_position": [9.0, 9.0, 7.0, 7.0]}
     document = {
-        "ttt": {"mode": mode, "eta": eta},
+        "ttt": {"mode": mode, "eta": eta if read_eta is None else read_eta},
         "trained": {
             "ttt": {"mode": mode, "eta": eta},
             "model": {"initializer_range": sigma},
@@ -87,6 +88,20 @@ def test_settings_are_named_by_what_differs_and_find_their_baseline(tmp_path: Pa
     values = {s["setting"]: s for s in compare([read_result(f) for f in files]).values["settings"]}
     assert values["model.initializer_range=0.1"]["gains"] == pytest.approx([-0.1])
     assert values["ttt.eta=3.0"]["gains"] == pytest.approx([-0.7])
+
+
+def test_reading_under_another_rule_is_not_training_under_it(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path, "a", 1.0),
+        write(tmp_path, "b", 1.3, eta=3.0),
+        write(tmp_path, "c", 1.2, read_eta=3.0),
+    ]
+    settings = group([read_result(file) for file in files])
+    assert [setting.label for setting in settings] == [
+        "reference",
+        "read ttt.eta=3.0",
+        "ttt.eta=3.0",
+    ]
 
 
 def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
