@@ -30,7 +30,7 @@ def start(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ([], ["model=???: choose a model with +model=NAME: llama3_1_8b, qwen3_0_6b,"]),
+        ([], ["model=???: choose a model with +model=NAME: llama3_1_8b, micro, qwen3_0_6b,"]),
         (["+model=qwen34b"], ["model=qwen34b: no such model; did you mean qwen3_4b?"]),
         (["+model=tiny", "train.step=5"], ["train.step=5: no such key; did you mean steps?"]),
         (["+model=tiny", "train.steps=many"], ["train.steps=many: must be an integer"]),
@@ -116,7 +116,7 @@ def test_the_plan_of_a_bad_configuration(tmp_path: Path) -> None:
 def test_help_and_configuration(tmp_path: Path) -> None:
     shown = start(tmp_path, "--help")
     assert shown.returncode == 0
-    assert "experiment: llama3_1_8b_32k" in shown.stdout
+    assert "experiment: evidence_micro" in shown.stdout
     assert "seq_length" in shown.stdout
     config = start(tmp_path, "--cfg", "job", "+model=tiny", "ttt=off", "train.steps=7")
     assert config.returncode == 0
