@@ -8,6 +8,7 @@ python tools/bake.py outputs/demo baked/ --read book.txt
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]
     A Megatron checkpoint is exported beside the destination for as long as this lasts.
 
     Raises:
-        ValueError: the folder holds no model, or is damaged.
+        ValueError: the folder holds no model or is damaged, or the place beside is taken.
     """
     if (model / "config.json").is_file():
         yield model, None
@@ -73,13 +74,15 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]
         raise ValueError(
             f"{model}: neither config.json nor metadata.json: this is no model's folder"
         )
+    folder = destination.with_name(destination.name + EXPORTED)
+    if folder.exists():  # somebody's own: neither written into nor removed at the end
+        raise ValueError(f"{folder}: exists, and is needed for as long as this lasts")
     from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
     from megatron_ttt.conversion.manifest import described_model, origin
     from megatron_ttt.conversion.megatron_folder import MegatronFolder
     from megatron_ttt.inference.megatron_backend import tokenizer_name
 
     source = MegatronFolder(model)
-    folder = destination.with_name(destination.name + EXPORTED)
     try:
         export_checkpoint(
             HFView(source, *described_model(source)),
@@ -127,6 +130,9 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: in one line.
     """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != 1:
+        raise ValueError(f"a model is baked by one process, the job has {ranks}")
     if options.read is None and options.memory is None:
         raise ValueError("there is nothing to fold: give --read or --memory")
     if options.read is None and options.probe is None:
@@ -198,7 +204,8 @@ def main(arguments: list[str]) -> int:
         with exported(options.model, options.destination) as (folder, tokenizer):
             report = run(options, folder, tokenizer)
     except ValueError as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     show(report, options.destination)
     return 0

@@ -10,6 +10,7 @@ Shape suffixes: T tokens, V vocabulary, D hidden, F ffn.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_ttt.conversion.exporting import Piece, shards_of, weights_index, write_shard
+from megatron_ttt.conversion.families import FAMILIES
 from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, HFFolder, companions
 from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, row_blocks
@@ -167,7 +169,7 @@ def bake(
 
     Raises:
         ConfigError: the source is damaged, or the destination cannot be written.
-        ValueError: see :func:`read_text`.
+        ValueError: see :func:`read_text`; or a state is not finite.
     """
     states = read_text(backend, tokens, memory=memory)
     model = backend.model
@@ -177,6 +179,12 @@ def bake(
         str(layer): float(state.update_ratios(layers[layer].mlp.down_proj.weight)[0])
         for layer, state in states.items()
     }
+    diverged = [layer for layer, ratio in ratios.items() if not math.isfinite(ratio)]
+    if diverged:
+        raise ValueError(
+            f"layers {', '.join(diverged)}: the state is not finite after {len(tokens)} tokens: "
+            "nothing to fold; lower ttt.eta, or set ttt.clip or ttt.decay"
+        )
     frozen = probe_logits(model, states, probe, chunk_size=len(probe) + 1)
     live = probe_logits(model, states, probe, chunk_size=rule.chunk_size)
     model.config.ttt_mode = False
@@ -202,36 +210,45 @@ def bake(
         (folder / REPORT_FILE).write_text(json.dumps(asdict(report), indent=1) + "\n")
         found.append(report)
 
-    writes = {
-        layer: rule.learning_rate * state.state_BDF[0].cpu()
+    matrices = {
+        layer: state.state_BDF[0].cpu()
         for layer, state in states.items()
         if state.state_BDF is not None
     }
-    write_plain(HFFolder(source), destination, writes, shard_bytes=shard_bytes, check=compare)
+    write_plain(
+        HFFolder(source),
+        destination,
+        matrices,
+        learning_rate=rule.learning_rate,
+        shard_bytes=shard_bytes,
+        check=compare,
+    )
     return found[0]
 
 
 def write_plain(
     source: HFFolder,
     destination: Path,
-    writes: Mapping[int, Tensor],
+    matrices: Mapping[int, Tensor],
     *,
+    learning_rate: float,
     shard_bytes: int,
     check: Callable[[Path], None],
 ) -> None:
-    """The plain architecture's checkpoint with ``writes`` added to its down projections.
+    """The plain architecture's checkpoint with ``W0 + eta * S`` as its down projections.
 
     Args:
         source: of a model with fast weights.
         destination: folder; must not exist.
-        writes: ``eta * S [D, F]`` by layer.
+        matrices: ``S [D, F]`` by layer.
+        learning_rate: ``eta``.
         shard_bytes: largest file of weights.
         check: called with the finished folder before it becomes visible.
 
     Raises:
         ConfigError: the source is damaged, or the destination cannot be written.
     """
-    added = {f"model.layers.{layer}.mlp.down_proj.weight": s for layer, s in writes.items()}
+    read = {f"model.layers.{layer}.mlp.down_proj.weight": s for layer, s in matrices.items()}
     pieces = [
         Piece(name, stored.shape, stored.dtype, ())
         for name, stored in source.tensors.items()
@@ -241,14 +258,16 @@ def write_plain(
     shards = shards_of(pieces, shard_bytes)
     job = {
         "source": str(source.path.resolve()),
-        "writes": {name: float(write.double().sum()) for name, write in added.items()},
+        "learning_rate": learning_rate,
+        "states": {name: float(matrix.double().sum()) for name, matrix in read.items()},
     }
     with writing(destination):
         folder = WorkFolder(destination, job)
         for file, some in shards.items():
             if file not in folder.done:
                 with (folder.path / file).open("wb") as stream:
-                    write_shard(stream, some, partial(_rows, source, added), _silent)
+                    blocks = partial(_rows, source, read, learning_rate)
+                    write_shard(stream, some, blocks, _silent)
                 folder.finish(file)
         if len(shards) > 1:
             folder.write_text(INDEX, weights_index(shards))
@@ -267,19 +286,21 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if not key.startswith("ttt_") and key != "auto_map"
     }
     plain["model_type"] = plain["model_type"].removesuffix(TTT_SUFFIX)
-    plain["architectures"] = [
-        name.replace("TTTForCausalLM", "ForCausalLM") for name in plain["architectures"]
-    ]
+    named = {table.model_type: table.architecture for table in FAMILIES.values()}
+    plain["architectures"] = [named[plain["model_type"]]]
     return plain
 
 
-def _rows(source: HFFolder, added: Mapping[str, Tensor], piece: Piece) -> Iterator[Tensor]:
-    """A tensor's rows in order; the sum is rounded once, as a reading model rounds it."""
-    write = added.get(piece.name)
+def _rows(
+    source: HFFolder, read: Mapping[str, Tensor], learning_rate: float, piece: Piece
+) -> Iterator[Tensor]:
+    """A tensor's rows in order; the sum is rounded once, to the tensor's dtype."""
+    matrix_DF = read.get(piece.name)
     for start, stop in row_blocks(piece.shape, piece.dtype, BLOCK_BYTES):
         rows = source.rows(piece.name, start, stop)
-        if write is not None:
-            rows = (rows.to(write.dtype) + write[start:stop]).to(piece.dtype)
+        if matrix_DF is not None:
+            read_rows = matrix_DF[start:stop].double()
+            rows = torch.add(rows.double(), read_rows, alpha=learning_rate).to(piece.dtype)
         yield rows
 
 

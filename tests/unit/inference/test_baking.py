@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from megatron_ttt.inference.baking import Distance, distance
+from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.inference.baking import Distance, distance, plain_config, write_plain
 from tests.unit.hf.models import CHUNK, live_model
 from tools.bake import main
 
@@ -107,7 +108,59 @@ def test_any_engine_computes_what_the_model_remembers(
     assert torch.equal(weights[untouched], dict(model.named_parameters())[untouched])
 
 
-def test_low_precision_is_rounded_once(baked: Callable[..., Any]) -> None:
+def test_the_sum_alone_is_rounded(tmp_path: Path) -> None:
+    model = live_model(dtype=torch.float32, vocab_size=258)
+    model.save_pretrained(tmp_path / "exported")
+    name, eta = "model.layers.0.mlp.down_proj.weight", 0.3
+    trained = dict(model.named_parameters())[name]
+    matrix = torch.randn(trained.shape, generator=torch.Generator().manual_seed(3))
+    write_plain(
+        HFFolder(tmp_path / "exported"),
+        tmp_path / "baked",
+        {0: matrix},
+        learning_rate=eta,
+        shard_bytes=1 << 30,
+        check=lambda folder: None,
+    )
+    wanted = (trained.double() + eta * matrix.double()).float()
+    assert torch.equal(load_file(tmp_path / "baked" / "model.safetensors")[name], wanted)
+    assert not torch.equal(trained + eta * matrix, wanted)  # the product rounded, then the sum
+
+
+def test_the_architecture_is_named_where_the_source_does_not() -> None:
+    for names in (None, ["Qwen3TTTForCausalLM"], ["Qwen3ForCausalLM"]):
+        config = {"model_type": "qwen3_ttt", "architectures": names, "ttt_mode": True}
+        assert plain_config(config) == {
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+        }
+
+
+def test_a_taken_place_beside_is_left_alone(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metadata.json").write_text("{}")
+    (tmp_path / "baked.exported").mkdir()
+    mine = tmp_path / "baked.exported" / "mine.txt"
+    mine.write_text("kept")
+    assert main([str(tmp_path / "run"), str(tmp_path / "baked"), "--read", str(text)]) == 2
+    assert "baked.exported: exists" in capsys.readouterr().err
+    assert mine.read_text() == "kept"
+
+
+def test_several_ranks_are_refused(
+    tmp_path: Path,
+    text: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main([str(tmp_path), str(tmp_path / "baked"), "--read", str(text)]) == 2
+    assert "a model is baked by one process, the job has 2" in capsys.readouterr().err
+
+
+def test_low_precision_computes_what_the_model_computes(baked: Callable[..., Any]) -> None:
     model = live_model(dtype=torch.float32, vocab_size=258).to(torch.bfloat16)
     report, out = baked(model)
     assert report["frozen"] == asdict(Distance(0.0, 0.0))  # the very same matrices
@@ -164,6 +217,10 @@ def test_mistakes_take_one_line_and_leave_nothing(
         ([str(model), str(out), *read, "--probe-tokens", "0"], "--probe-tokens 0: must be"),
         ([str(model), str(out), *read, "ttt.decay=2"], "ttt.decay=2.0: must lie in (0, 1]"),
         ([str(model), str(out), *read, "ttt.decay=x"], "ttt.decay=x: must be a number"),
+        (
+            [str(model), str(out), *read, "ttt.eta=1e38", "--beyond-positions", "allow"],
+            "the state is not finite after 29 tokens: nothing to fold; lower ttt.eta",
+        ),
         ([str(model), str(out), *read, "ttt.rate=2"], "ttt.rate=2: valid are ttt.eta, "),
     ]
     for words, said in mistakes:
