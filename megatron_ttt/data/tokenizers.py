@@ -119,15 +119,15 @@ class HuggingFaceTokenizer(_IdentityProperties):
     token if that is another id than ``eod``: several published tokenizers pad with their
     end-of-sequence token, and then padding could not be told from a document's end.
     Special tokens spelled out *inside* a text are encoded as ordinary characters, so no text can
-    forge a document boundary.
+    forge a document boundary. Truncation and padding stored with the tokenizer mean nothing here.
 
-    :raises ValueError: the name cannot be loaded, it has no end-of-sequence token and none is
-        given, ``eod`` equals ``pad``, or either lies outside its ids.
+    :raises ValueError: the name cannot be loaded, its merges are random, it has no end-of-sequence
+        token and none is given, ``eod`` equals ``pad``, or either lies outside its ids.
     """
 
     def __init__(self, name: str, *, eod: int | None = None, pad: int | None = None) -> None:
         backend, eos_token, pad_token = _load_backend(name)
-        backend.encode_special_tokens = True
+        _read_whole_texts(backend, name)
         vocabulary = backend.get_vocab(with_added_tokens=True)
         vocab_size = max(vocabulary.values()) + 1
         if eod is None:
@@ -194,6 +194,25 @@ def load_tokenizer(
     return HuggingFaceTokenizer(name, eod=eod, pad=pad)
 
 
+def _read_whole_texts(backend: Any, name: str) -> None:
+    """Make ``backend`` encode a text whole and alone, whatever its file stores besides its rules.
+
+    ``transformers`` writes the truncation and the padding of its last call into the file and sets
+    them anew at every call; the small library would obey what it finds there.
+
+    :raises ValueError: its merges are dropped at random: equal texts would get unequal tokens.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    dropout = getattr(backend.model, "dropout", None)
+    if dropout:
+        raise ValueError(
+            f"tokenizer {name} drops merges at random (model.dropout={dropout:.3g} in"
+            " tokenizer.json): set it to null"
+        )
+
+
 def _load_backend(name: str) -> tuple[Any, str | None, str | None]:
     """The Rust tokenizer behind ``name``, its end-of-sequence and its padding token's text."""
     folder = Path(name)
@@ -225,7 +244,6 @@ def _load_folder(folder: Path) -> tuple[Any, str | None, str | None]:
 
     path = folder / "tokenizer.json"
     try:
-        # the library raises plain Exception for a malformed file, so its JSON is read here first
         json.loads(path.read_text(encoding="utf-8"))
         config_path = folder / "tokenizer_config.json"
         config = (
@@ -233,7 +251,12 @@ def _load_folder(folder: Path) -> tuple[Any, str | None, str | None]:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer {folder} cannot be read: {error}") from error
-    backend = tokenizers.Tokenizer.from_file(str(path))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # what the library raises has no narrower type
+        raise ValueError(f"{path} holds no tokenizer: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{config_path} is not a JSON object")
     marks = [config.get("eos_token"), config.get("pad_token")]
     eos_token, pad_token = (m["content"] if isinstance(m, dict) else m for m in marks)
     for token in (eos_token, pad_token):

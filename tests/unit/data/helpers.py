@@ -54,6 +54,16 @@ def save_tokenizer(
     return str(folder)
 
 
+def store_truncation(folder: str, *, direction: str = "right", pad_to: int | None = None) -> None:
+    """What ``transformers`` leaves in the file after a call with ``truncation=True``."""
+    path = str(Path(folder) / "tokenizer.json")
+    backend = tokenizers.Tokenizer.from_file(path)
+    backend.enable_truncation(9, stride=2, direction=direction)
+    if pad_to is not None:
+        backend.enable_padding(length=pad_to, pad_id=1, pad_token="<|pad|>")
+    backend.save(path)
+
+
 def write_dataset(prefix: Path, documents: list[list[int]]) -> str:
     """A dataset without a sidecar."""
     prefix.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, preproc
 from megatron_ttt.data.readers import InputFormat
 from megatron_ttt.data.shards import OnError
 from megatron_ttt.data.tokenizers import HuggingFaceTokenizer
-from tests.unit.data.helpers import make_text, save_tokenizer
+from tests.unit.data.helpers import make_text, save_tokenizer, store_truncation
 
 TEXTS = [make_text(i, 3 + i % 9) for i in range(60)]
 
@@ -81,6 +81,18 @@ def test_a_hugging_face_tokenizer(tmp_path: Path) -> None:
     assert summary.sidecar.tokenizer == tokenizer.identity
     facts = check_indexed_dataset(job.output)
     assert facts.sidecar == summary.sidecar
+
+
+def test_documents_are_whole_whatever_the_tokenizer_stores(tmp_path: Path) -> None:
+    name = save_tokenizer(tmp_path / "tokenizer", pad_token="<|pad|>")
+    store_truncation(name, pad_to=16)
+    texts = [make_text(1, 200), "short"]
+    path = as_jsonl(tmp_path / "x.jsonl", texts)
+    job = options(tmp_path, path, tokenizer_kind="huggingface", tokenizer_name=name)
+    sidecar = preprocess(job).sidecar
+    decode = HuggingFaceTokenizer(name).decode
+    assert [decode(ids) for ids in read_back(job.output)] == texts
+    assert sidecar.tokens > 200 and sidecar.pad_tokens == 0
 
 
 def test_counts_in_the_sidecar(tmp_path: Path) -> None:

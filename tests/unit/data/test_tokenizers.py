@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ttt.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
-from tests.unit.data.helpers import save_tokenizer
+from tests.unit.data.helpers import save_tokenizer, store_truncation
 
 TEXT = "Grüße, 世界!\n\tdef f(): pass\r\n"
 
@@ -50,6 +50,42 @@ def test_identity_tells_tokenizers_apart(tmp_path: Path) -> None:
     assert type(one).from_dict(json.loads(json.dumps(one.as_dict()))) == one
 
 
+@pytest.mark.parametrize("direction", ["left", "right"])
+@pytest.mark.parametrize("pad_to", [None, 400])
+def test_stored_truncation_and_padding_mean_nothing(
+    tmp_path: Path, direction: str, pad_to: int | None
+) -> None:
+    plain = save_tokenizer(tmp_path / "plain", pad_token="<|pad|>")
+    stored = save_tokenizer(tmp_path / "stored", pad_token="<|pad|>")
+    store_truncation(stored, direction=direction, pad_to=pad_to)
+    ours, clean = HuggingFaceTokenizer(stored), HuggingFaceTokenizer(plain)
+    for text in (TEXT * 20, "x"):
+        assert ours.encode(text) == ours.encode_array(text).tolist() == clean.encode(text)
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.identity.fingerprint == clean.identity.fingerprint
+
+
+def test_what_transformers_saves_after_truncating(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "t"))
+    theirs(TEXT * 20, truncation=True, max_length=9)
+    theirs.save_pretrained(tmp_path / "saved")
+    stored = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    assert stored["truncation"]["max_length"] == 9
+    ours = HuggingFaceTokenizer(str(tmp_path / "saved"))
+    assert ours.encode(TEXT * 20) == theirs(TEXT * 20)["input_ids"]
+
+
+def test_random_merges_are_refused(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "t")
+    path = Path(folder) / "tokenizer.json"
+    rules = json.loads(path.read_text())
+    rules["model"]["dropout"] = 0.1
+    path.write_text(json.dumps(rules))
+    with pytest.raises(ValueError, match=r"model\.dropout=0\.1 in tokenizer\.json"):
+        HuggingFaceTokenizer(folder)
+
+
 def test_the_transformers_library_agrees(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = save_tokenizer(tmp_path / "t")
@@ -82,6 +118,13 @@ def test_unusable_tokenizers(tmp_path: Path) -> None:
     (broken / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         HuggingFaceTokenizer(str(broken))
+    (broken / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        HuggingFaceTokenizer(str(broken))
+    no_object = Path(save_tokenizer(tmp_path / "no_object"))
+    (no_object / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a JSON object"):
+        HuggingFaceTokenizer(str(no_object))
     with pytest.raises(ValueError, match="fixed: end of document 256"):
         load_tokenizer("bytes", eod=3)
     with pytest.raises(ValueError, match="unknown tokenizer kind 'words'"):
