@@ -8,18 +8,19 @@ python tools/bake.py outputs/demo baked/ --read book.txt
 """
 
 import argparse
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.launcher import one_process
 from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
     from megatron_ttt.inference.baking import BakeReport, Distance
 
 EXPORTED = ".exported"  # beside the destination, while a Megatron checkpoint is baked
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake in the arguments takes one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
 
 
 def parser() -> OneLineParser:
@@ -130,9 +123,7 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: in one line.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks != 1:
-        raise ValueError(f"a model is baked by one process, the job has {ranks}")
+    one_process("a model is baked")
     if options.read is None and options.memory is None:
         raise ValueError("there is nothing to fold: give --read or --memory")
     if options.read is None and options.probe is None:
@@ -204,9 +195,7 @@ def main(arguments: list[str]) -> int:
         with exported(options.model, options.destination) as (folder, tokenizer):
             report = run(options, folder, tokenizer)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return tell(error, mark_faults="error: ")
     show(report, options.destination)
     return 0
 

@@ -14,19 +14,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake in the arguments takes one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
+from megatron_ttt.config.arguments import OneLineParser, tell
 
 
 def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -206,8 +199,7 @@ def main(argv: list[str]) -> int:
     try:
         status: int = arguments.run(arguments)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     return status
 
 

@@ -5,7 +5,6 @@ python tools/compare.py outputs/evidence/micro/*/evaluation/perplexity.json \
     --output outputs/evidence/micro
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -13,12 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from megatron_ttt.config.arguments import OneLineParser, tell
 from megatron_ttt.evaluation.comparison import compare, read_result
 from megatron_ttt.evaluation.report import print_report, write_report
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description="Runs against each other, over seeds and settings.")
+def parser() -> OneLineParser:
+    made = OneLineParser(description="Runs against each other, over seeds and settings.")
     made.add_argument("results", nargs="+", type=Path, metavar="FILE", help="perplexity.json files")
     made.add_argument("--output", type=Path, metavar="FOLDER", help="for comparison.json and .png")
     return made
@@ -35,8 +35,7 @@ def main(arguments: list[str]) -> int:
             for file in write_report(report, options.output, name="comparison", about={}):
                 console.print(f"wrote {file}", highlight=False, soft_wrap=True)
     except (ValueError, OSError) as error:
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return tell(error)
     return 0
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,21 +24,15 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ttt.config.arguments import OneLineParser, tell
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.launcher import one_process
 
 if TYPE_CHECKING:
     from megatron_ttt.config.schema import ModelConfig, TTTConfig
     from megatron_ttt.conversion.importing import Report
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake in the arguments takes one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
 
 
 def add_import(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -318,10 +312,10 @@ def main(argv: list[str]) -> int:
     from megatron_ttt.conversion.failures import VerificationFailed
 
     try:
+        one_process("checkpoints are converted")
         status: int = arguments.run(arguments)
     except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        return tell(error)
     except VerificationFailed as error:
         print(f"verification failed: {error}", file=sys.stderr)
         return 1

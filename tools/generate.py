@@ -13,16 +13,17 @@ Text goes to standard output as it is generated, everything else to standard err
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import (
     RULE_KEYS,
     ReadingMode,
@@ -42,14 +43,6 @@ DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float3
 
 class Mistake(ValueError):
     """Something the user can put right; the message is one line."""
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake in the arguments takes one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
 
 
 @dataclass
@@ -124,7 +117,7 @@ def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[B
         Mistake: the folder holds no model, or the ranks do not fit.
     """
     folder: Path = checkpoint_folder(options.model)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched().world_size
     if (folder / "metadata.json").is_file():
         needed = overrides.tp * overrides.cp
         if ranks != needed:
@@ -295,9 +288,7 @@ def main(arguments: list[str]) -> int:
         with backend_of(options, parse_overrides(options.overrides)) as backend:
             run(options, backend)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
+        return tell(error, mark_faults="error: ")
     return 0
 
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_ttt.config.arguments import OneLineParser, tell
 from megatron_ttt.config.derived import model_parallel_size
-from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.load import check, describe, load_config
 
 
@@ -23,7 +23,7 @@ def plan_model(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_model_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_model_command(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """``plan.py model``: the dry run for any number of ranks, on any machine."""
     parser = commands.add_parser("model", help="what a configuration would build")
     parser.add_argument("overrides", nargs="*", help="as for launch/pretrain.py: +model=NAME ...")
@@ -53,7 +53,7 @@ def plan_scan(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def add_scan_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_scan_command(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """``plan.py scan``: the cost model's table; constants from ``parallel.scan_constants``."""
     parser = commands.add_parser("scan", help="what the scan costs on 2 to 4096 ranks")
     parser.add_argument("overrides", nargs="*", help="as for launch/pretrain.py: +model=NAME ...")
@@ -66,19 +66,15 @@ def add_scan_command(commands: "argparse._SubParsersAction[argparse.ArgumentPars
 
 def main(argv: Sequence[str]) -> int:
     """Runs the chosen command; 2 for a mistake of the user, one line per fault."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = OneLineParser(description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_model_command(commands)
     add_scan_command(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     return status
 
 

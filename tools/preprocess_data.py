@@ -13,7 +13,6 @@ import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
@@ -21,19 +20,12 @@ from rich.progress import Progress as RichProgress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from megatron_ttt.config.arguments import OneLineParser, tell
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
 from megatron_ttt.data.readers import InputFormat
 from megatron_ttt.data.shards import OnError
 
 LOG_SECONDS = 10.0  # between two progress lines where there is no terminal
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A mistake in the arguments takes one line, like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the options)", file=sys.stderr)
-        sys.exit(2)
 
 
 def parse(arguments: list[str]) -> PreprocessOptions:
@@ -162,8 +154,7 @@ def main(arguments: list[str]) -> int:
         summary = preprocess(options, progress)
     except ValueError as error:
         progress.end()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return tell(error)
     except BrokenProcessPool:
         progress.end()
         print(f"error: a worker was killed (out of memory?); {again}", file=sys.stderr)

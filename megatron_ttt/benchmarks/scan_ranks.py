@@ -1,7 +1,6 @@
 """Starts the ranks of the scan's benchmark: torchrun's, or gloo processes of this machine."""
 
 import json
-import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,10 @@ import torch.multiprocessing as processes
 from rich.console import Console
 
 from megatron_ttt.benchmarks import scan as benchmark
+from megatron_ttt.config.launcher import launched
 from megatron_ttt.parallel.cost import save_topology
 from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.training.distributed import local_device
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,13 @@ def run(arguments: ScanArguments) -> int:
         raise ValueError(
             f"--state-mb {arguments.state_mb:g} and --repeats {arguments.repeats} must be positive"
         )
-    if dist.is_torchelastic_launched():
+    launch = launched()
+    if launch.world_size > 1:
         cuda = torch.cuda.is_available()
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else None
+        device = None
+        if cuda:
+            local = local_device(launch.local_rank, torch.cuda.device_count())
+            device = torch.device("cuda", local)
         if device is not None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")

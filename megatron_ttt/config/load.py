@@ -5,7 +5,6 @@ status 2, before anything is written and before torch is imported.
 """
 
 import importlib.util
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.overrides import (
     check_overrides,
     group_options,
@@ -185,15 +185,16 @@ def run_with_config(
         argv: the arguments without the program's name.
         config_dir: folder of ``config.yaml`` and its groups.
     """
-    ranks = os.environ.get("WORLD_SIZE")
 
     def start(config: Config) -> int:
-        # a dry run without torchrun shows the smallest run: one copy of the model
-        alone = model_parallel_size(config.parallel) if config.run.dry_run else 1
-        world_size = alone if ranks is None else int(ranks)
+        launch = launched()
+        world_size = launch.world_size
+        if config.run.dry_run and world_size == 1:
+            # without torchrun it shows the smallest run: one copy of the model
+            world_size = model_parallel_size(config.parallel)
         check(config, world_size=world_size)
         if config.run.dry_run:
-            if _speaks():
+            if launch.is_first:
                 print(describe(config, world_size=world_size))
             return 0
         return main(config) or 0
@@ -211,24 +212,26 @@ def run_program(
     """Runs ``start`` with the configuration that ``argv`` describes.
 
     Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
-    ``--multirun`` sweeps. The environment variables that ``torchrun`` sets are read here only.
+    ``--multirun`` sweeps.
 
     Returns:
         The exit status: that of ``start``; 2 for a mistake of the user, which rank 0 has
-        printed to stderr, one line per fault.
+        printed to stderr, one line per fault; what is wrong with a process's own place among the
+        others (``launcher.py``) every process has printed.
     """
+    try:
+        launch = launched()
+    except LaunchError as error:
+        print(error, file=sys.stderr)
+        return 2
     try:
         if any(word.startswith("-") for word in argv):
             return _run_with_flags(root, start, argv, config_dir=config_dir)
         return start(compose_root(root, argv, config_dir=config_dir))
     except ConfigError as error:
-        if _speaks():
+        if launch.is_first or isinstance(error, LaunchError):
             print(error, file=sys.stderr)
         return 2
-
-
-def _speaks() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _run_with_flags(

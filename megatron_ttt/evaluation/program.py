@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from megatron_ttt.config.faults import ConfigError, Fault, show
+from megatron_ttt.config.launcher import launched
 from megatron_ttt.conversion.manifest import HF_SCHEME
 from megatron_ttt.evaluation.documents import batches, held_out_rows
 from megatron_ttt.evaluation.health import run_health
@@ -31,7 +32,6 @@ from megatron_ttt.evaluation.subject import (
     open_subject,
     row_length,
 )
-from megatron_ttt.training.distributed import world
 
 _OUTPUTS = Path("outputs/evaluation")  # of checkpoints that no run wrote
 
@@ -127,7 +127,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
                 reading=task.reading,
                 length=length,
                 key=key,
-                world_size=world()[1],
+                world_size=launched().world_size,
             )
     longest = max(length for values in lengths.values() for length in values)
     with open_subject(source, config, length=longest) as subject:

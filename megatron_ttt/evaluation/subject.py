@@ -13,6 +13,7 @@ import torch
 
 from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import fitting_rule, modes
 from megatron_ttt.config.schema import (
     AttentionBackend,
@@ -42,7 +43,7 @@ from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
 from megatron_ttt.training.checkpoint_files import CHECKPOINTS, checkpoint_folder
-from megatron_ttt.training.distributed import Ranks, distributed, world
+from megatron_ttt.training.distributed import Ranks, distributed
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
     Raises:
         ConfigError: the folder cannot be loaded, or its tokenizer cannot.
     """
-    reading = reading_config(source, config, length=length, world_size=world()[1])
+    reading = reading_config(source, config, length=length, world_size=launched().world_size)
     tokenizer = _tokenizer(source, config.data.tokenizer)
     # Advice about overlapping the reduction of gradients; reading has none.
     warnings.filterwarnings("ignore", message="When using async grad allreduce")

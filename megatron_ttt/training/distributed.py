@@ -13,6 +13,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
+from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.schema import Config
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 
@@ -59,10 +61,20 @@ class Ranks:
         return values
 
 
-def world() -> tuple[int, int, int]:
-    """(rank, world size, local rank) from torchrun's variables; one process without torchrun."""
-    read = os.environ.get
-    return int(read("RANK", 0)), int(read("WORLD_SIZE", 1)), int(read("LOCAL_RANK", 0))
+def local_device(local_rank: int, devices: int) -> int:
+    """The number of this process's GPU.
+
+    Args:
+        local_rank: among the processes of this machine.
+        devices: GPUs that this process sees.
+
+    Raises:
+        LaunchError: there are fewer GPUs than processes.
+    """
+    if local_rank >= devices:
+        message = f"there are {devices} GPUs here; start at most {devices} processes on a machine"
+        raise LaunchError([Fault("LOCAL_RANK", local_rank, message)])
+    return local_rank
 
 
 @contextmanager
@@ -101,19 +113,28 @@ def distributed(config: Config) -> Iterator[Ranks]:
 
     NCCL with a GPU, gloo without; in the latter case Megatron-core runs through
     ``parallel/cpu.py``.
+
+    Raises:
+        LaunchError: the launcher's variables do not fit together, or do not fit this machine, or
+            name a place where the ranks do not meet.
     """
-    rank, world_size, local_rank = world()
+    launch = launched()
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(local_rank)
+        torch.cuda.set_device(local_device(launch.local_rank, torch.cuda.device_count()))
     with megatron_on_cpu():
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=config.parallel.timeout_s),
-            store=dist.HashStore() if world_size == 1 else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                rank=launch.rank,
+                world_size=launch.world_size,
+                timeout=timedelta(seconds=config.parallel.timeout_s),
+                store=dist.HashStore() if launch.world_size == 1 else None,
+            )
+        except dist.DistNetworkError as error:
+            reason = str(error).splitlines()[0]
+            message = f"the ranks do not meet there ({reason}); is it another launcher's?"
+            raise LaunchError([Fault("MASTER_ADDR", os.environ["MASTER_ADDR"], message)]) from error
         try:
             with model_parallel(config) as ranks:
                 yield ranks

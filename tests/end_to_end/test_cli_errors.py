@@ -71,8 +71,28 @@ def test_an_error_needs_no_torch(tmp_path: Path) -> None:
 
 
 def test_only_rank_0_speaks(tmp_path: Path) -> None:
-    done = start(tmp_path, "+model=tiny", "ttt.decay=3", RANK="1", WORLD_SIZE="2")
+    torchrun = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    done = start(tmp_path, "+model=tiny", "ttt.decay=3", RANK="1", LOCAL_RANK="1", **torchrun)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "")
+
+
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("launch/pretrain.py", ["+model=tiny", "ttt.decay=3"]),
+        ("tools/evaluate.py", ["task=speed", "checkpoint=nowhere"]),
+    ],
+)
+def test_a_leftover_of_another_launcher_silences_nobody(
+    tmp_path: Path, program: str, words: list[str]
+) -> None:
+    done = start(tmp_path, *words, program=program, RANK="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line == (
+        "RANK=1: WORLD_SIZE is not set beside it:"
+        " start the processes with torchrun, or unset it"
+    )  # fmt: skip
 
 
 def test_a_run_directory_of_another_configuration(tmp_path: Path) -> None:
