@@ -41,7 +41,8 @@ class Result:
         settings: the run's configuration by dotted key, without what is no setting; and what was
             changed of its update rule for this reading, behind ``READ``.
         seed: of the run.
-        text: what has to be equal for losses to be comparable.
+        shape: of the text: tokens of a row, rows, bins.
+        digest: of the text; ``None`` in results of versions that did not note it.
         starts: first position of each bin.
         window: of the attention, tokens; 0: no window.
         losses: by bin, read as it was trained, nats a token.
@@ -51,7 +52,8 @@ class Result:
     path: Path
     settings: dict[str, Any]
     seed: int
-    text: tuple[Any, ...]
+    shape: tuple[int, int, int]
+    digest: str | None
     starts: tuple[int, ...]
     window: int
     losses: tuple[float, ...]
@@ -85,7 +87,8 @@ def read_result(path: Path) -> Result:
             path=path,
             settings={k: v for k, v in trained.items() if not _excluded(k)} | changed,
             seed=trained["train.seed"],
-            text=(document["length"], document["rows"], len(document["bins"])),
+            shape=(document["length"], document["rows"], len(document["bins"])),
+            digest=document.get("text_sha256"),
             starts=tuple(first for first, _ in document["bins"]),
             window=document["sliding_window"] or 0,
             losses=tuple(own["loss_by_position"]),
@@ -139,13 +142,7 @@ def group(results: Sequence[Result]) -> list[Setting]:
     Raises:
         ValueError: results of different texts, or one seed of a setting twice.
     """
-    first = results[0]
-    for result in results:
-        if result.text != first.text:
-            raise ValueError(
-                f"{result.path} and {first.path} read other text: (length, rows, bins) is"
-                f" {result.text} and {first.text}"
-            )
+    _check_texts(results)
     keys = {key for result in results for key in result.settings} - {"ttt.mode"}
     trained = [result for result in results if result.has_fast_weights] or results
     usual = {
@@ -177,8 +174,42 @@ def compare(results: Sequence[Result]) -> Report:
     gains = {setting.label: _gains(setting, settings) for setting in settings}
     values = [_values(setting, gains[setting.label]) for setting in settings]
     return Report(
-        [_table(settings, gains)], {"settings": values}, draw=partial(_draw, settings, gains)
+        [_table(settings, gains)],
+        {"settings": values},
+        draw=partial(_draw, settings, gains),
+        warnings=_unnamed_texts(results),
     )
+
+
+def _check_texts(results: Sequence[Result]) -> None:
+    """
+    Raises:
+        ValueError: two results are not about the same text; names both.
+    """
+    first = results[0]
+    named = next((result for result in results if result.digest is not None), first)
+    for result in results:
+        if result.shape != first.shape:
+            raise ValueError(
+                f"{result.path} and {first.path} read other text: (length, rows, bins) is"
+                f" {result.shape} and {first.shape}"
+            )
+        if result.digest is not None and result.digest != named.digest:
+            raise ValueError(
+                f"{result.path} and {named.path} read other text of the same length:"
+                f" text_sha256 is {result.digest} and {named.digest}"
+            )
+
+
+def _unnamed_texts(results: Sequence[Result]) -> list[str]:
+    """A warning if some results, of an older version, do not name their text."""
+    without = [result.path for result in results if result.digest is None]
+    if not without:
+        return []
+    return [
+        f"{len(without)} of {len(results)} results have no text_sha256 ({without[0]}): whether all"
+        " read the same text is not known; evaluate again to find out"
+    ]
 
 
 def _gains(setting: Setting, settings: Sequence[Setting]) -> list[float]:
@@ -243,7 +274,7 @@ def _table(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) ->
                 _spread(gained),
             ]
         )
-    length, count, _ = next(iter(settings[0].by_seed.values())).text
+    length, count, _ = next(iter(settings[0].by_seed.values())).shape
     title = f"Loss, nats a token, {count} rows of {length} tokens; gain: paired by seed"
     return Table(title, columns, rows)
 
@@ -302,7 +333,7 @@ def _draw_losses(axes: Axes, setting: Setting, colour: str) -> None:
     by_bin = list(zip(*(run.losses for run in runs), strict=True))
     centre = [mean(losses) for losses in by_bin]
     spread = [_spread(losses) or 0.0 for losses in by_bin]
-    ends = [*runs[0].starts[1:], runs[0].text[0]]
+    ends = [*runs[0].starts[1:], runs[0].shape[0]]
     places = [(start + end) / 2 for start, end in zip(runs[0].starts, ends, strict=True)]
     axes.plot(places, centre, color=colour, label=f"{setting.label}, {len(runs)} seeds")
     low, high = ([c + sign * s for c, s in zip(centre, spread, strict=True)] for sign in (-1, 1))

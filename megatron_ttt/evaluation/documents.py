@@ -5,6 +5,7 @@ Shape suffixes: B rows of a micro-batch, T tokens of a row, R = T + 1 (the last 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -48,6 +49,13 @@ class TextRows:
     tokens_NR: Tensor
     eod: int
     pad: int | None
+
+    def digest(self) -> str:
+        """SHA-256 of everything above: equal if and only if the same text is read."""
+        shape = "x".join(map(str, self.tokens_NR.shape))
+        found = hashlib.sha256(f"{shape} tokens, eod {self.eod}, pad {self.pad}\n".encode())
+        found.update(self.tokens_NR.contiguous().numpy().astype("<i8").tobytes())
+        return found.hexdigest()
 
 
 def held_out_rows(subject: Subject, data: EvaluationData, *, length: int, rows: int) -> TextRows:

@@ -145,6 +145,7 @@ def run_perplexity(subject: Subject, config: EvaluationConfig) -> Report:
         _context_table(by_context, lengths),
     ]
     values = _values(subject, by_position, by_context, lengths, rows=rows)
+    values["text_sha256"] = text.digest()
     window = subject.config.model.sliding_window
     return Report(tables, values, draw=partial(_draw, values, subject.modes, window))
 

@@ -73,7 +73,9 @@ def _run_health(subject: Subject, config: EvaluationConfig) -> Report:
     (length,) = _health_lengths(subject.source, config)["health.length"]
     text = held_out_rows(subject, config.data, length=length, rows=config.health.rows)
     rows = list(batches(text, subject=subject, batch_size=1))
-    return run_health(subject, rows, config.health)
+    report = run_health(subject, rows, config.health)
+    report.values["text_sha256"] = text.digest()
+    return report
 
 
 def _ruler_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:

@@ -74,6 +74,7 @@ def test_perplexity_is_that_of_transformers(
     found = json.loads((tmp_path / "out" / "perplexity.json").read_text())
     assert (tmp_path / "out" / "perplexity.png").read_bytes().startswith(PNG)
     assert found["rows"] == 4  # the short document is no row
+    assert len(found["text_sha256"]) == 64
     rows = [
         list(path.read_bytes()[: LENGTH + 1])
         for path in sorted(Path(text).iterdir())

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.end_to_end.lives import context, free_port, live
-from tests.formats.reading import ALL_STEPS, PROMPT, TRAIN, logits_of, loss_of, text_of
+from tests.formats.reading import ALL_STEPS, PROMPT, TRAIN, logits_of, loss_of, program, text_of
 
 STORED = Path(__file__).parent / "files"
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -127,3 +127,10 @@ def test_a_session_or_a_memory_goes_on_as_it_did(name: str, tmp_path: Path) -> N
         alone = text_of(model, "--prompt", "of")
     assert found == EXPECTED["states"][name]
     assert found != alone
+
+
+def test_results_of_an_evaluation_are_compared() -> None:
+    wanted = json.loads(Path("results/perplexity.json").read_text())["readings"]["in_place"]
+    printed = program("tools/compare.py", "results/perplexity.json")
+    assert f"{wanted['loss']:.4f}" in printed
+    assert "warning: 1 of 1 results have no text_sha256" in printed

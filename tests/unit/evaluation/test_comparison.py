@@ -22,6 +22,7 @@ def write(
     sigma: float = 0.02,
     length: int = 4,
     read_eta: float | None = None,
+    text: str | None = "5e1f",
 ) -> Path:
     """A result with four bins of one token; the window covers the first two."""
     losses = [9.0, 9.0, far - 0.1, far + 0.1]
@@ -43,6 +44,8 @@ def write(
         "bins": [[0, 1], [1, 2], [2, 3], [3, 4]],
         "sliding_window": 2,
     }
+    if text is not None:
+        document["text_sha256"] = text
     path = folder / f"{name}.json"
     path.write_text(json.dumps(document))
     return path
@@ -108,8 +111,25 @@ def test_what_cannot_be_compared_is_one_line(tmp_path: Path) -> None:
     one = read_result(write(tmp_path, "a", 1.0))
     with pytest.raises(ValueError, match=r"a\.json: the same setting and seed"):
         group([one, read_result(write(tmp_path, "b", 1.0))])
-    with pytest.raises(ValueError, match="read other text"):
+    with pytest.raises(ValueError, match=r"read other text: \(length, rows, bins\)"):
         group([one, read_result(write(tmp_path, "c", 1.0, length=8))])
     (tmp_path / "d.json").write_text('{"task": "speed"}')
     with pytest.raises(ValueError, match=r"d\.json: no result of task=perplexity"):
         read_result(tmp_path / "d.json")
+
+
+def test_another_text_of_the_same_size_is_refused(tmp_path: Path) -> None:
+    old = read_result(write(tmp_path, "old", 1.2, eta=3.0, text=None))
+    one = read_result(write(tmp_path, "one", 1.0))
+    other = read_result(write(tmp_path, "other", 1.1, seed=2, text="0ther"))
+    for results in ([one, other], [old, one, other], [other, old, one]):
+        with pytest.raises(ValueError, match="read other text of the same length: text_sha256"):
+            compare(results)
+    assert compare([one]).warnings == []
+
+
+def test_a_text_that_is_not_named_is_a_warning(tmp_path: Path) -> None:
+    old = read_result(write(tmp_path, "old", 1.2, eta=3.0, text=None))
+    one = read_result(write(tmp_path, "one", 1.0))
+    (warning,) = compare([one, old]).warnings
+    assert warning.startswith("1 of 2 results have no text_sha256") and "old.json" in warning

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from megatron_ttt.evaluation.documents import _packed, _starts
+from megatron_ttt.evaluation.documents import TextRows, _packed, _starts
 
 EOD = 0
 
@@ -29,3 +31,17 @@ def test_packed_rows_share_the_token_between_them_and_mark_every_end() -> None:
     assert total == len(stream)
     assert [row.tolist() for row in rows] == [stream[0:7], stream[6:13], stream[12:19]]
     assert _packed(iter(documents()), length=40, rows=2, eod=EOD)[0] == []
+
+
+def test_a_digest_names_the_text() -> None:
+    text = TextRows(torch.arange(12).reshape(3, 4), eod=11, pad=None)
+    other = text.tokens_NR.clone()
+    other[2, 1] += 1
+    others = [
+        replace(text, tokens_NR=other),
+        replace(text, tokens_NR=text.tokens_NR.reshape(4, 3)),
+        replace(text, eod=10),
+        replace(text, pad=0),
+    ]
+    assert text.digest() == replace(text, tokens_NR=text.tokens_NR.clone()).digest()
+    assert len({text.digest(), *(one.digest() for one in others)}) == 5
