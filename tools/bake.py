@@ -22,6 +22,7 @@ from rich.console import Console
 from megatron_ttt.config.arguments import OneLineParser, tell
 from megatron_ttt.config.launcher import one_process
 from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
+from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
 from megatron_ttt.training.quiet import quiet_libraries
@@ -92,12 +93,9 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]
 def tokens_of(path: Path, tokenizer: Tokenizer) -> list[int]:
     """
     Raises:
-        ValueError: the file cannot be read, or is empty.
+        ValueError: the file cannot be read, is not text, or is empty.
     """
-    try:
-        tokens = tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
+    tokens = tokenizer.encode(read_text(path))
     if not tokens:
         raise ValueError(f"{path}: the text is empty")
     return tokens

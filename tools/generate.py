@@ -31,6 +31,7 @@ from megatron_ttt.config.reading import (
     rule_faults,
     set_rule_key,
 )
+from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
@@ -165,20 +166,13 @@ def prompts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[i
     """Token ids of each row's new text.
 
     Raises:
-        Mistake: a file that cannot be read.
+        ValueError: a file that cannot be read or is not text; one line.
     """
     texts = list(options.prompt or [])
     if options.prompt_file is not None:
-        texts.append(_text(options.prompt_file))
-    before = _text(options.read) if options.read is not None else ""
+        texts.append(read_text(options.prompt_file))
+    before = read_text(options.read) if options.read is not None else ""
     return [tokenizer.encode(before + text) for text in texts or [""]]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise Mistake(f"{path}: cannot be read: {error}") from error
 
 
 class Printer:

@@ -21,8 +21,8 @@ from rich.progress import Progress as RichProgress
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
-from megatron_ttt.data.readers import InputFormat
 from megatron_ttt.data.shards import OnError
 
 LOG_SECONDS = 10.0  # between two progress lines where there is no terminal
@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> PreprocessOptions:
     add("inputs", nargs="+", metavar="INPUT", help="files, or folders to search")
     add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json")
     formats = [format.value for format in InputFormat]
-    add("--format", choices=formats, default="auto", help="auto goes by the suffix (default)")
+    add("--format", choices=formats, default="auto", help="auto: by suffix and content (default)")
     add("--pattern", help="file names taken from folders, e.g. '*.md' (default: by format)")
     add("--json-key", default="text", metavar="KEY", help="field of a JSONL record (default: text)")
     add("--column", default="text", metavar="NAME", help="column of a Parquet file (default: text)")

@@ -32,7 +32,9 @@ from megatron_ttt.data.indexed import (
     token_dtype,
     write_json,
 )
-from megatron_ttt.data.readers import Damage, InputFile, InputFormat, cut_shards, list_inputs
+from megatron_ttt.data.inputs import InputFile, InputFormat, list_inputs
+from megatron_ttt.data.outputs import check_output
+from megatron_ttt.data.readers import Damage, cut_shards, place_in
 from megatron_ttt.data.shards import (
     OnError,
     ShardJob,
@@ -109,7 +111,7 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
     _check_numbers(options)
     files, jobs, manifest = _plan(options)
     folder = Path(f"{options.output}.partial")
-    _check_outputs(options, folder, files)
+    check_output(options.output, folder, files, overwrite=options.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
         _begin_or_continue(folder, manifest)
@@ -183,16 +185,6 @@ def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], 
         "shards": [[asdict(piece) for piece in pieces] for pieces in shards],
     }
     return files, jobs, manifest
-
-
-def _check_outputs(options: PreprocessOptions, folder: Path, files: Sequence[InputFile]) -> None:
-    """Refuse to replace a dataset unasked, or an input ever; a half published job may go on."""
-    inputs = {Path(file.path).resolve() for file in files}
-    for path in (bin_path(options.output), idx_path(options.output), sidecar_path(options.output)):
-        if path.resolve() in inputs:
-            raise ValueError(f"--output {options.output} would replace the input {path}")
-        if path.exists() and not options.overwrite and not (folder / "publishing").exists():
-            raise ValueError(f"{path} exists: choose another --output, or give --overwrite")
 
 
 def _begin_or_continue(folder: Path, manifest: dict[str, Any]) -> None:
@@ -308,9 +300,7 @@ class _Places:
 
     def find(self, report: ShardReport, number: int, place: int) -> str:
         file = self._files[self._jobs[report.number].pieces[number].file]
-        if file.format is InputFormat.text:
-            return file.path
-        return f"{file.path}:{self._before[report.number, number] + place}"
+        return place_in(file, self._before[report.number, number] + place)
 
     def describe(self, report: ShardReport, example: tuple[int, int, str]) -> str:
         number, place, reason = example

@@ -1,5 +1,7 @@
 """Input files cut into shards, and the documents of a shard, one at a time.
 
+A byte order mark at a document's start is no part of it, wherever files were joined or converted.
+
 A *piece* is what one worker can read of one file without reading the rest: a whole text file, a
 byte range of a file of lines, a row group of a Parquet file. A *shard* is a run of pieces worth
 about the same number of bytes. Both follow from the inputs alone, never from the number of workers.
@@ -11,22 +13,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from pathlib import Path
 from typing import Any, BinaryIO
+
+from megatron_ttt.data.inputs import UTF8_MARK, InputFile, InputFormat
 
 MIN_SHARD_BYTES = 1 << 20
 MAX_SHARD_BYTES = 64 << 20
 _PARQUET_ROWS = 256  # rows decoded at a time
-
-
-class InputFormat(Enum):
-    """``auto`` goes by the suffix: .jsonl, .ndjson and .parquet are what they say, others text."""
-
-    auto = "auto"
-    text = "text"  # one document per file
-    lines = "lines"  # one document per line
-    jsonl = "jsonl"  # one JSON object per line
-    parquet = "parquet"
+# As pyarrow prints them, since its older versions lack some; null: a column without any text.
+_TEXT_TYPES = {"string", "large_string", "string_view", "null"}
 
 
 class Damage(Enum):
@@ -38,14 +33,6 @@ class Damage(Enum):
     undecodable = "undecodable"  # not UTF-8, or half a surrogate pair
     unreadable = "unreadable"  # a row group, from its damage on
     empty = "empty"  # no characters; counted, but no reason to stop
-
-
-@dataclass(frozen=True)
-class InputFile:
-    path: str
-    format: InputFormat
-    size: int  # bytes
-    modified_ns: int
 
 
 @dataclass(frozen=True)
@@ -65,53 +52,6 @@ class Document:
     place: int
     text: str | None
     damage: Damage | None
-
-
-def list_inputs(
-    paths: Sequence[str], *, format: InputFormat, pattern: str | None
-) -> list[InputFile]:
-    """The files named, and those below the folders named, in the order named and then by path.
-
-    :param pattern: glob of file names taken from folders; None: ``*.txt``, ``*.jsonl`` or
-        ``*.parquet``, by ``format`` (all three for ``auto``).
-    :raises ValueError: a path does not exist, a folder holds no such file, or a file comes twice.
-    """
-    by_format = {
-        InputFormat.text: ["*.txt"],
-        InputFormat.lines: ["*.txt"],
-        InputFormat.jsonl: ["*.jsonl"],
-        InputFormat.parquet: ["*.parquet"],
-        InputFormat.auto: ["*.txt", "*.jsonl", "*.parquet"],
-    }
-    globs = [pattern] if pattern is not None else by_format[format]
-    found: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        if path.is_dir():
-            below = sorted({f for glob in globs for f in path.rglob(glob) if f.is_file()})
-            if not below:
-                raise ValueError(f"folder {name} holds no file named like {', '.join(globs)}")
-            found.extend(below)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"input {name} does not exist")
-    repeated = [str(path) for path, times in Counter(found).items() if times > 1]
-    if repeated:
-        raise ValueError(f"input {repeated[0]} is named twice")
-    return [_describe(path, format) for path in found]
-
-
-def _describe(path: Path, format: InputFormat) -> InputFile:
-    if format is InputFormat.auto:
-        by_suffix = {
-            ".jsonl": InputFormat.jsonl,
-            ".ndjson": InputFormat.jsonl,
-            ".parquet": InputFormat.parquet,
-        }
-        format = by_suffix.get(path.suffix, InputFormat.text)
-    status = path.stat()
-    return InputFile(str(path), format, status.st_size, status.st_mtime_ns)
 
 
 def cut_shards(
@@ -161,12 +101,15 @@ def _row_groups(file: InputFile, column: str) -> list[int]:
         raise ValueError(
             f"{file.path} is no readable Parquet file: {_first_line(error)}"
         ) from error
-    if column not in schema.names:
+    times = schema.names.count(column)
+    if times == 0:
         raise ValueError(f"{file.path} has no column {column!r}, only: {', '.join(schema.names)}")
+    if times > 1:
+        raise ValueError(f"{file.path} has {times} columns named {column!r}: rename all but one")
     kind = schema.field(column).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+    if str(kind) not in _TEXT_TYPES:
         raise ValueError(f"{file.path}: column {column!r} holds {kind}, not text")
     return sizes
 
@@ -184,10 +127,32 @@ def read_piece(file: InputFile, piece: Piece, *, json_key: str, column: str) -> 
             yield _document(1, _decode(stream.read()))
             return
         for place, line in enumerate(_lines(stream, piece), start=1):
-            decoded = _decode(line.rstrip(b"\r\n"))
+            decoded = _decode(line.removeprefix(UTF8_MARK).rstrip(b"\r\n"))
             if file.format is InputFormat.jsonl and isinstance(decoded, str) and decoded.strip():
                 decoded = _field(decoded, json_key)
             yield _document(place, decoded)
+
+
+def read_documents(
+    files: Sequence[InputFile], *, json_key: str, column: str
+) -> Iterator[tuple[str, Document]]:
+    """Documents of whole files, in order, each with its place as :func:`place_in` says it.
+
+    :raises ValueError: a Parquet file is damaged, or has no text column ``column``.
+    :raises OSError: a file cannot be read.
+    """
+    seen: Counter[int] = Counter()
+    for piece in itertools.chain(*cut_shards(files, column=column)):
+        file, before, place = files[piece.file], seen[piece.file], 0
+        for document in read_piece(file, piece, json_key=json_key, column=column):
+            place = document.place
+            yield place_in(file, before + place), document
+        seen[piece.file] += place
+
+
+def place_in(file: InputFile, place: int) -> str:
+    """``file:line`` or ``file:row``, counted from 1; the file alone where it is one document."""
+    return file.path if file.format is InputFormat.text else f"{file.path}:{place}"
 
 
 def _lines(stream: BinaryIO, piece: Piece) -> Iterator[bytes]:
@@ -216,7 +181,7 @@ def _read_row_groups(path: str, piece: Piece, column: str) -> Iterator[Document]
                 use_threads=False,
             )
             for batch in batches:
-                for scalar in batch.column(0):
+                for scalar in batch.column(batch.schema.get_field_index(column)):
                     place += 1
                     yield _document(place, _parquet_text(scalar))
     except (pyarrow.ArrowException, OSError):
@@ -227,10 +192,10 @@ def _parquet_text(scalar: Any) -> str | Damage:
     if not scalar.is_valid:
         return Damage.missing_field
     try:
-        text: str = scalar.as_py()
+        text: str | None = scalar.as_py()
     except UnicodeDecodeError:
         return Damage.undecodable
-    return text
+    return Damage.missing_field if text is None else text  # a dictionary can hold a null
 
 
 def _decode(raw: bytes) -> str | Damage:
@@ -260,6 +225,7 @@ def _field(line: str, key: str) -> str | Damage:
 def _document(place: int, text: str | Damage) -> Document:
     if isinstance(text, Damage):
         return Document(place, None, text)
+    text = text.removeprefix("\ufeff")
     if not text.strip():
         return Document(place, None, Damage.empty)
     return Document(place, text, None)

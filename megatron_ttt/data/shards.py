@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_ttt.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype, write_json
-from megatron_ttt.data.readers import Damage, Document, InputFile, Piece, read_piece
+from megatron_ttt.data.inputs import InputFile
+from megatron_ttt.data.readers import Damage, Document, Piece, read_piece
 from megatron_ttt.data.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
 
 EXAMPLES_PER_SHARD = 3

@@ -23,9 +23,11 @@ from megatron_ttt.config.schema import DataConfig, DataSource
 from megatron_ttt.data.checks import DatasetFacts
 from megatron_ttt.data.datasets import split_range
 from megatron_ttt.data.indexed import idx_path
-from megatron_ttt.data.readers import InputFormat, Piece, list_inputs, read_piece
+from megatron_ttt.data.inputs import list_inputs
+from megatron_ttt.data.readers import Damage, read_documents
 from megatron_ttt.data.rows import Batch, make_batch
 from megatron_ttt.data.sources import open_source
+from megatron_ttt.data.tokenizers import Tokenizer
 from megatron_ttt.evaluation.schema import DataSplit, EvaluationData, RowKind
 from megatron_ttt.evaluation.subject import Subject
 
@@ -75,17 +77,18 @@ def held_out_rows(subject: Subject, data: EvaluationData, *, length: int, rows: 
     """
     try:
         if _names_files(data.path):
-            documents, eod, pad = _from_files(subject, data)
+            tokenizer = subject.need_tokenizer()
+            documents, eod, pad = _from_files(tokenizer, data), tokenizer.eod, tokenizer.pad
         else:
             documents, eod, pad = _from_indexed(subject, data, limit=length + 1)
+        if data.rows is RowKind.packed:
+            found, longest = _packed(documents, length=length, rows=rows, eod=eod)
+        else:
+            found, longest = _starts(documents, length=length, rows=rows)
     except (ValueError, OSError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError([Fault("data.path", data.path, str(error).splitlines()[0])]) from error
-    if data.rows is RowKind.packed:
-        found, longest = _packed(documents, length=length, rows=rows, eod=eod)
-    else:
-        found, longest = _starts(documents, length=length, rows=rows)
     if not found:
         kind = "all documents together have" if data.rows is RowKind.packed else "the longest has"
         message = f"no text of {length + 1} tokens (data.rows={data.rows.name}): {kind} {longest}"
@@ -122,22 +125,20 @@ def _names_files(path: Any) -> bool:
     )
 
 
-def _from_files(subject: Subject, data: EvaluationData) -> tuple[Iterator[Tensor], int, int | None]:
-    """Documents of text, JSONL (key ``text``) and Parquet (column ``text``) files."""
-    tokenizer = subject.need_tokenizer()
+def _from_files(tokenizer: Tokenizer, data: EvaluationData) -> Iterator[Tensor]:
+    """Documents of text, JSONL (key ``text``) and Parquet (column ``text``) files.
+
+    Raises:
+        ValueError: a file is not what its name says, or holds a damaged document.
+    """
     names = data.path if isinstance(data.path, list | tuple) else [data.path]
-    files = list_inputs(list(names), format=InputFormat.auto, pattern=None)
-
-    def documents() -> Iterator[Tensor]:
-        for number, file in enumerate(files):
-            whole = Piece(number, 0, file.size, file.size)
-            for document in read_piece(file, whole, json_key="text", column="text"):
-                if document.damage is not None:
-                    raise ValueError(f"{file.path}: document {document.place}: {document.damage}")
-                assert document.text is not None
-                yield torch.from_numpy(tokenizer.encode_array(document.text))
-
-    return documents(), tokenizer.eod, tokenizer.pad
+    files = list_inputs(list(names), format=data.format, pattern=None, option="data.format=")
+    for where, document in read_documents(files, json_key="text", column="text"):
+        if document.text is not None:
+            yield torch.from_numpy(tokenizer.encode_array(document.text))
+        elif document.damage is not Damage.empty:
+            assert document.damage is not None
+            raise ValueError(f"{where} {document.damage.value}")
 
 
 def _from_indexed(

@@ -11,6 +11,7 @@ from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.load import Root
 from megatron_ttt.config.reading import ReadingRule, rule_faults
 from megatron_ttt.config.schema import CPOrder, Precision, ScanAlgorithm
+from megatron_ttt.data.inputs import InputFormat
 
 
 class EvaluationTask(Enum):
@@ -72,6 +73,7 @@ class EvaluationData:
     """Held-out text. null everywhere: the validation documents of the checkpoint's own run."""
 
     path: Any = None  # prefix of .bin/.idx, or text, JSONL and Parquet files; one or a list
+    format: InputFormat = InputFormat.auto  # of text files; auto: by suffix and content
     split: DataSplit = DataSplit.validation  # of indexed data; files are read whole
     rows: RowKind = RowKind.documents
     shares: str | None = None  # as data.split of the run; null: the run's

@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from megatron_ttt.data.inputs import read_text
 from megatron_ttt.evaluation.ruler.vocabulary import NOISE
 
 _SENTENCE_ENDS = (".", "!", "?")
@@ -32,12 +32,7 @@ class Haystack:
         Raises:
             ValueError: it cannot be read as UTF-8 text, or has no words.
         """
-        try:
-            words = Path(path).read_text(encoding="utf-8").split()
-        except OSError as error:
-            raise ValueError(error.strerror or str(error)) from error
-        except UnicodeDecodeError as error:
-            raise ValueError(f"is no UTF-8 text: byte {error.start} cannot be read") from error
+        words = read_text(path).split()
         if not words:
             raise ValueError("holds no words")
         return cls(tuple(words))

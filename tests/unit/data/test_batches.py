@@ -8,8 +8,8 @@ import torch
 
 from megatron_ttt.config.schema import Config, DataSource, TokenizerKind
 from megatron_ttt.data.batches import Batch, DataStreams, MicroBatchSampler, build_data
+from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, preprocess
-from megatron_ttt.data.readers import InputFormat
 from tests.unit.data.helpers import make_text, write_dataset
 
 SEQ = 16

@@ -1,6 +1,7 @@
 """A job's result: what was written, whoever wrote it, however often it was stopped."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ttt.data.checks import check_indexed_dataset
 from megatron_ttt.data.indexed import bin_path, idx_path, sidecar_path
+from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, preprocess
-from megatron_ttt.data.readers import InputFormat
 from megatron_ttt.data.shards import OnError
 from megatron_ttt.data.tokenizers import HuggingFaceTokenizer
 from tests.unit.data.helpers import make_text, save_tokenizer, store_truncation
@@ -301,6 +302,81 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="would replace the input"):
         preprocess(options(tmp_path, text, output=str(tmp_path / "x"), overwrite=True))
     assert text.read_text() == "some text"
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.idx", "x.meta.json"])
+@pytest.mark.parametrize("kind", ["symbolic", "hard", "dots", "output"])
+def test_an_input_is_never_replaced_under_another_name(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    text = tmp_path / "in" / "text.txt"
+    text.parent.mkdir()
+    text.write_text("some text")
+    output = tmp_path / "out" / "x"
+    output.parent.mkdir()
+    given = text
+    if kind == "symbolic":  # the output's place is a link to the input
+        (output.parent / name).symlink_to(text)
+    elif kind == "hard":
+        os.link(text, output.parent / name)
+    else:  # the input lies at the output's place, named by a way round, or by a link
+        given = output.parent / ".." / "out" / name
+        given.write_text("some text")
+        if kind == "output":
+            given = tmp_path / "in" / "link.txt"
+            given.symlink_to(output.parent / name)
+    job = options(tmp_path, given, output=str(output), format=InputFormat.text, overwrite=True)
+    with pytest.raises(ValueError, match="would replace the input"):
+        preprocess(job)
+    assert given.read_text() == text.read_text() == "some text"
+    assert not Path(f"{output}.partial").exists()
+
+
+def test_a_prefix_that_names_a_folder(tmp_path: Path) -> None:
+    path = as_jsonl(tmp_path / "x.jsonl")
+    for output in (f"{tmp_path}/", f"{tmp_path}/.", f"{tmp_path}/..", ""):
+        with pytest.raises(ValueError, match="names a folder: give a prefix, as dir/corpus"):
+            preprocess(options(tmp_path, path, output=output))
+    with pytest.raises(ValueError, match=r"x\.jsonl is a file, not a folder"):
+        preprocess(options(tmp_path, path, output=f"{path}/out"))
+    (tmp_path / "y.bin").mkdir()
+    with pytest.raises(ValueError, match=r"y\.bin is a folder: choose another"):
+        preprocess(options(tmp_path, path, output=f"{tmp_path}/y", overwrite=True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl", "y.bin"]
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_the_working_folder_is_nobodys(tmp_path: Path, link: bool) -> None:
+    """Its content is deleted at the end of a job."""
+    folder = tmp_path / "out.partial"
+    folder.mkdir()
+    path = as_jsonl(folder / "x.jsonl")
+    given = path
+    if link:
+        given = tmp_path / "link.jsonl"
+        given.symlink_to(path)
+    with pytest.raises(ValueError, match=r"out\.partial is needed, but the input .* lies in it"):
+        preprocess(options(tmp_path, given))
+    other = as_jsonl(tmp_path / "y.jsonl")
+    with pytest.raises(ValueError, match=r"x\.jsonl is not part of a job: move it"):
+        preprocess(options(tmp_path, other))
+    assert [p.name for p in folder.iterdir()] == ["x.jsonl"]
+    path.unlink()
+    folder.rmdir()
+    folder.write_text("a file")
+    with pytest.raises(ValueError, match=r"out\.partial is a file"):
+        preprocess(options(tmp_path, other))
+
+
+def test_files_that_look_like_something_else_write_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"text": text} for text in TEXTS]))
+    with pytest.raises(ValueError, match="one JSON array"):
+        preprocess(options(tmp_path, path))
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    as_jsonl(path)
+    preprocess(options(tmp_path, path))
+    assert read_back(str(tmp_path / "out")) == [[*text.encode(), 256] for text in TEXTS]
 
 
 @pytest.mark.parametrize(

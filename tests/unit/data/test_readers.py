@@ -7,13 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_ttt.data.readers import (
-    Damage,
-    InputFormat,
-    cut_shards,
-    list_inputs,
-    read_piece,
-)
+from megatron_ttt.data.inputs import InputFormat, list_inputs
+from megatron_ttt.data.readers import Damage, cut_shards, read_piece
 
 
 def read_all(
@@ -135,7 +130,7 @@ def test_folders_are_searched_in_order(tmp_path: Path) -> None:
     for name in ("b/2.txt", "b/1.txt", "a.jsonl", "c.md"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"text": name}))
+        path.write_text(json.dumps({"text": name}) if path.suffix == ".jsonl" else name)
     found = list_inputs([str(tmp_path)], format=InputFormat.auto, pattern=None)
     names = [str(Path(file.path).relative_to(tmp_path)) for file in found]
     assert names == ["a.jsonl", "b/1.txt", "b/2.txt"]
@@ -149,7 +144,7 @@ def test_unusable_inputs(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x")
     with pytest.raises(ValueError, match="input nowhere does not exist"):
         list_inputs(["nowhere"], format=InputFormat.auto, pattern=None)
-    with pytest.raises(ValueError, match=r"holds no file named like \*.jsonl"):
+    with pytest.raises(ValueError, match=r"holds no file named like \*\.jsonl, "):
         list_inputs([str(tmp_path)], format=InputFormat.jsonl, pattern=None)
     with pytest.raises(ValueError, match="named twice"):
         list_inputs([str(tmp_path), str(tmp_path / "x.txt")], format=InputFormat.text, pattern=None)
@@ -167,3 +162,60 @@ def test_small_files_share_a_shard_and_large_ones_do_not(tmp_path: Path) -> None
         [5],
         [6],
     ]
+
+
+def test_a_byte_order_mark_drops_nothing_and_gets_into_nothing(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    path = tmp_path / "x.jsonl"
+    joined = mark + b'{"text": "a"}\n' + mark + b'{"text": "b"}\r\n{"text": "\xef\xbb\xbfc"}\n'
+    path.write_bytes(joined + b'{"text": "\\ufeffd\\ufeff"}\n' + mark + b"\n")
+    texts, damages, _ = read_all(path, InputFormat.auto, shard_bytes=9)
+    assert texts == ["a", "b", "c", "d\ufeff", None]
+    assert damages == [None, None, None, None, Damage.empty]
+    path = tmp_path / "x.txt"
+    path.write_bytes(mark + b"a\n")
+    assert read_all(path, InputFormat.auto, shard_bytes=9)[0] == ["a\n"]
+    path.write_bytes(mark + b"a\n" + mark + b"b")
+    assert read_all(path, InputFormat.lines, shard_bytes=3)[0] == ["a", "b"]
+
+
+def test_the_column_meant_is_the_column_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table([["x"], ["y"]], names=["text", "text"]), path)
+    with pytest.raises(ValueError, match="has 2 columns named 'text': rename all but one"):
+        read_all(path, InputFormat.auto, shard_bytes=1)
+    pq.write_table(pa.table([["x"], ["y"]], names=["body", "body"]), path)
+    with pytest.raises(ValueError, match="no column 'text', only: body, body"):
+        read_all(path, InputFormat.auto, shard_bytes=1)
+    pq.write_table(pa.table({"text": [{"text": "nested"}]}), path)
+    with pytest.raises(ValueError, match=r"'text' holds struct<text: string>, not text"):
+        read_all(path, InputFormat.auto, shard_bytes=1)
+    with pytest.raises(ValueError, match=r"no column 'text\.text', only: text"):
+        read_all(path, InputFormat.auto, shard_bytes=1, column="text.text")
+    pq.write_table(pa.table({"text": [b"bytes"]}), path)
+    with pytest.raises(ValueError, match="holds binary, not text"):
+        read_all(path, InputFormat.auto, shard_bytes=1)
+
+
+def test_columns_without_any_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"text": pa.nulls(2)}), path)
+    texts, damages, _ = read_all(path, InputFormat.auto, shard_bytes=1)
+    assert (texts, damages) == ([None, None], [Damage.missing_field] * 2)
+    pq.write_table(pa.table({"text": pa.array([], type=pa.string())}), path)
+    assert read_all(path, InputFormat.auto, shard_bytes=1)[0] == []
+
+
+def test_bytes_in_a_text_column_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    for kind in (pa.string(), pa.large_string(), pa.string_view()):
+        raw = pa.array([b"a", b"\xff", b"b"], type=pa.binary())
+        if kind == pa.string_view():
+            raw = raw.cast(pa.binary_view())
+        elif kind == pa.large_string():
+            raw = raw.cast(pa.large_binary())
+        column = raw.view(kind)
+        pq.write_table(pa.table({"text": column}), path)
+        texts, damages, _ = read_all(path, InputFormat.auto, shard_bytes=1)
+        assert texts == ["a", None, "b"], kind
+        assert damages == [None, Damage.undecodable, None]

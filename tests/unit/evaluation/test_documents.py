@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 import torch
 
-from megatron_ttt.evaluation.documents import TextRows, _packed, _starts
+from megatron_ttt.data.inputs import InputFormat
+from megatron_ttt.data.tokenizers import ByteTokenizer
+from megatron_ttt.evaluation.documents import TextRows, _from_files, _packed, _starts
+from megatron_ttt.evaluation.schema import EvaluationData
 
 EOD = 0
 
@@ -45,3 +53,36 @@ def test_a_digest_names_the_text() -> None:
     ]
     assert text.digest() == replace(text, tokens_NR=text.tokens_NR.clone()).digest()
     assert len({text.digest(), *(one.digest() for one in others)}) == 5
+
+
+def texts_of(*paths: Path, format: InputFormat = InputFormat.auto) -> list[str]:
+    data = EvaluationData(path=[str(path) for path in paths], format=format)
+    tokenizer = ByteTokenizer()
+    return [tokenizer.decode(ids.tolist()) for ids in _from_files(tokenizer, data)]
+
+
+def test_files_are_read_as_preprocessing_reads_them(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"id": [1, 2, 3], "text": pa.array(["a", "b", "c"], type=pa.string_view())}),
+        tmp_path / "x.PARQUET",
+        row_group_size=1,
+    )
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf{"text": "d"}\r\n\r\n{"text": "e"}\r\n')
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbff\r\n")
+    paths = [tmp_path / name for name in ("x.PARQUET", "x.json", "x.txt")]
+    assert texts_of(*paths) == ["a", "b", "c", "d", "e", "f\r\n"]
+
+
+def test_files_that_cannot_be_evaluated(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "a"}\n{"body": "b"}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:2 missing_field"):
+        texts_of(path)
+    path.write_text(json.dumps([{"text": "a"}]))
+    with pytest.raises(ValueError, match="one JSON array"):
+        texts_of(path)
+    records = tmp_path / "x.txt"
+    records.write_text('{"text": "a"}\n{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"give data\.format=jsonl or text"):
+        texts_of(records)
+    assert texts_of(records, format=InputFormat.jsonl) == ["a", "b"]

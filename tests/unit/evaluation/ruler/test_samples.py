@@ -186,7 +186,10 @@ def test_a_haystack_is_read_from_a_file_and_repeated(
     text = text_of(sample, tokenizers["bpe"])
     assert text.count("A whale swam by.") > 20
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="is UTF-16, not UTF-8"):
+        Haystack.from_file(str(path))
+    path.write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="is not UTF-8 text: byte 3"):
         Haystack.from_file(str(path))
     path.write_text(" \n")
     with pytest.raises(ValueError, match="no words"):
