@@ -215,6 +215,7 @@ class ParallelConfig:
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    bucket_size: int | None = None  # parameters reduced or gathered at once; null: Megatron's rule
     timeout_s: int = 1800
 
 

@@ -137,6 +137,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
         use_distributed_optimizer=parallel.distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
     )
 
 

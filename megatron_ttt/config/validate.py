@@ -253,6 +253,14 @@ def _train_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             "parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce=true"
         )
+    if parallel.bucket_size is not None:
+        if not parallel.overlap_grad_reduce:
+            yield Fault(
+                "parallel.bucket_size",
+                parallel.bucket_size,
+                "needs parallel.overlap_grad_reduce=true: without it all is reduced at once",
+            )
+        yield from _below("parallel.bucket_size", parallel.bucket_size, 1)
     if not config.run.resume:
         yield Fault("run.resume", "''", "must be never, auto or the path of a checkpoint folder")
     if config.logging.peak_tflops_per_device is not None:

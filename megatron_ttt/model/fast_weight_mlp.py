@@ -27,20 +27,17 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn import Parameter
 
 from megatron_ttt.config.schema import TargetSource
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.scale import Clip, Normalize
 from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
 from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.model.bare_weight import BareWeight
 from megatron_ttt.model.remembered_scan import RememberedScan
 from megatron_ttt.model.sequence_layout import ReadingSession, SequenceLayout
 from megatron_ttt.parallel.collectives import replicate
@@ -56,29 +53,6 @@ class FastWeightSettings:
     conv: bool
     proj: bool
     clip: Clip | None
-
-
-class TargetParameter(MegatronModule):
-    """One weight of the target generator, with its place in tensor-parallel checkpoints."""
-
-    def __init__(
-        self, config: TransformerConfig, shape: tuple[int, ...], tp_axis: int | None, tp_group: Any
-    ) -> None:
-        super().__init__(config=config)
-        self.tp_axis = tp_axis
-        self.tp_group = tp_group
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = Parameter(torch.zeros(shape, dtype=config.params_dtype, device=device))
-        if tp_axis is not None:
-            set_tensor_model_parallel_attributes(self.weight, True, tp_axis, 1)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """Megatron's checkpoint view of the weight (see ``MegatronModule``)."""
-        axes = {} if self.tp_axis is None else {"weight": self.tp_axis}
-        state = {"weight": self.weight}
-        return make_sharded_tensors_for_checkpoint(state, prefix, axes, sharded_offsets)
 
 
 class FastWeightMLP(MLP):
@@ -113,12 +87,12 @@ class FastWeightMLP(MLP):
         fc1.disable_grad_reduce = True
         hidden, tp = config.hidden_size, groups.tp.size()
         if settings.conv:
-            self.ttt_conv = TargetParameter(config, (hidden, 1, KERNEL_SIZE), None, groups.tp)
+            self.ttt_conv = BareWeight(config, (hidden, 1, KERNEL_SIZE), None)
             # Megatron sums the gradients of parameters so marked over tensor ranks once a step.
             weight: Any = self.ttt_conv.weight
             weight.sequence_parallel = config.sequence_parallel
         if settings.proj:
-            self.ttt_proj = TargetParameter(config, (hidden, hidden // tp), 1, groups.tp)
+            self.ttt_proj = BareWeight(config, (hidden, hidden // tp), 1)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by Megatron's layer with its number, which starts at 1."""
@@ -132,24 +106,28 @@ class FastWeightMLP(MLP):
         assert layout is not None, "no layout reached the layer"
         inputs = self._whole(hidden_states)
         keys = self._keys(inputs)
+        # Read before the target's weights, in the order in which Megatron gathers them.
+        weight = self.linear_fc2()
         if layout.session is not None and layout.session.writes_fast_weights:
-            outputs = self._continue(inputs, keys, layout, layout.session)
+            outputs = self._continue(inputs, keys, weight, layout, layout.session)
         elif layout.plan is None:  # the same checkpoint with its fast weights switched off
-            outputs = torch.nn.functional.linear(keys, self.linear_fc2.weight)
+            outputs = torch.nn.functional.linear(keys, weight)
         else:
-            outputs = self._read_and_write(inputs, keys, layout)
+            outputs = self._read_and_write(inputs, keys, weight, layout)
         if self.config.sequence_parallel:
             return reduce_scatter_to_sequence_parallel_region(outputs, group=self.tp_group), None
         return reduce_from_tensor_model_parallel_region(outputs, group=self.tp_group), None
 
-    def _read_and_write(self, inputs: Tensor, keys: Tensor, layout: SequenceLayout) -> Tensor:
+    def _read_and_write(
+        self, inputs: Tensor, keys: Tensor, weight: Tensor, layout: SequenceLayout
+    ) -> Tensor:
         """The down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
         assert layout.plan is not None
         targets = self.make_targets(self._source(inputs, layout).transpose(0, 1), layout.plan)
         output = fast_weight_spans(
             keys.transpose(0, 1),
             targets,
-            self.linear_fc2.weight,
+            weight,
             plan=layout.plan,
             learning_rate=self.settings.learning_rate,
             spans=len(layout.ranges),
@@ -163,14 +141,19 @@ class FastWeightMLP(MLP):
         return output.outputs_BTD.transpose(0, 1).contiguous()
 
     def _continue(
-        self, inputs: Tensor, keys: Tensor, layout: SequenceLayout, session: ReadingSession
+        self,
+        inputs: Tensor,
+        keys: Tensor,
+        weight: Tensor,
+        layout: SequenceLayout,
+        session: ReadingSession,
     ) -> Tensor:
         """Inference: the session holds the rows' fast weights. ``[L, B, H]``, partial over tp."""
         outputs = session.read_fast_weight(
             self.layer,
             keys.transpose(0, 1),
             self._source(inputs, layout).transpose(0, 1),
-            self.linear_fc2.weight,
+            weight,
             make_targets=self.make_targets,
             reduce_sums=self.sum_over_tensor_ranks,
         )
@@ -213,11 +196,11 @@ class FastWeightMLP(MLP):
         conv: Tensor | None = None
         proj: Tensor | None = None
         if self.settings.conv:
-            conv = self.ttt_conv.weight
+            conv = self.ttt_conv()
             if not self.config.sequence_parallel:  # else Megatron sums its gradient once a step
                 conv = replicate(conv, group=self.tp_group)
         if self.settings.proj:
-            proj = self.ttt_proj.weight
+            proj = self.ttt_proj()
         targets = target_from_source(
             source, conv, proj, plan=plan, normalize=self.settings.normalize
         )

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_ttt.config.schema import AttentionBackend
 from megatron_ttt.model.attention import TorchAttention
+from megatron_ttt.model.bare_weight import BareDownProjection
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP, FastWeightSettings
 from megatron_ttt.model.norm import RMSNorm
 
@@ -102,7 +103,7 @@ def fast_weight_layer_spec(
     mlp = ModuleSpec(
         module=FastWeightMLP,
         params={"settings": settings, "groups": groups},
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=BareDownProjection),
     )
     names = {
         **plain.submodules.sharded_state_dict_keys_map,

@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_load_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
 )
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -35,6 +36,7 @@ from megatron_ttt.training.checkpoint_files import DamagedCheckpoint, Progress
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.optimizer_state import load_optimizer, prime_adam
 from megatron_ttt.training.resilience import agree, on_first_rank, reason
+from megatron_ttt.training.whole_stage import whole_stage
 
 # Layers differ (fast and plain ones), so each is stored under its own number; optimizer state is
 # stored in the shape of the parameters, which alone loads at other TP and PP sizes.
@@ -54,10 +56,10 @@ class TrainingState:
     """What a checkpoint takes from a rank and gives back to it.
 
     Attributes:
-        model: the pipeline stage inside DDP.
+        model: the pipeline stage in its DDP.
     """
 
-    model: Any
+    model: DistributedDataParallel
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
@@ -73,7 +75,7 @@ class Found:
 
 def sharded_state(state: TrainingState, ranks: Ranks) -> dict[str, Any]:
     """Megatron's description of everything to save: tensors with their places in the whole."""
-    model = state.model.sharded_state_dict(metadata=_metadata(ranks))
+    model = whole_stage(state.model).sharded_state_dict(metadata=_metadata(ranks))
     return {
         "model": model,
         "optimizer": state.optimizer.sharded_state_dict(model, metadata=_metadata(ranks)),
@@ -93,7 +95,7 @@ def load(found: Found, state: TrainingState, *, ranks: Ranks, seed: int) -> None
     """
     same_layout = found.facts.get("layout") == layout(ranks)
     prime_adam(state.optimizer)
-    model = state.model.sharded_state_dict(metadata=_metadata(ranks))
+    model = state.model.module.sharded_state_dict(metadata=_metadata(ranks))
     optimizer = state.optimizer.sharded_state_dict(
         model, is_loading=True, metadata=_metadata(ranks)
     )
@@ -101,7 +103,7 @@ def load(found: Found, state: TrainingState, *, ranks: Ranks, seed: int) -> None
     if same_layout:
         wanted["rng"] = _sharded_rng(ranks)
     loaded = _read(wanted, found.folder, ranks)
-    state.model.load_state_dict(loaded["model"])
+    state.model.module.load_state_dict(loaded["model"])
     load_optimizer(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     if same_layout:
@@ -117,7 +119,7 @@ def load_weights(folder: Path, state: TrainingState, *, ranks: Ranks) -> None:
     Raises:
         UnfitCheckpoint: the folder holds another model.
     """
-    load_model(folder, state.model, ranks=ranks)
+    load_model(folder, state.model.module, ranks=ranks)
     state.optimizer.reload_model_params()
 
 

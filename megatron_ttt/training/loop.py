@@ -42,7 +42,9 @@ from megatron_ttt.training.step import (
     run_micro_batches,
     scan_settings,
     update_ratios,
+    weight_squares,
 )
+from megatron_ttt.training.whole_stage import whole_stage
 
 # a path or a message is shown as it is: not coloured, not broken into lines
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
@@ -61,13 +63,13 @@ class Trainer:
 
     @property
     def stage(self) -> Any:
-        """The pipeline stage inside DDP."""
-        return self.model.module
+        """The pipeline stage inside DDP with all its weights; every rank asks at the same point."""
+        return whole_stage(self.model)
 
     @property
     def state(self) -> TrainingState:
         """What checkpoints hold."""
-        return TrainingState(self.stage, self.optimizer, self.scheduler)
+        return TrainingState(self.model, self.optimizer, self.scheduler)
 
     def train_step(self, data: Any) -> tuple[LossSum, float, Observations]:
         """One optimizer step over a global batch: (loss, gradient norm, observations)."""
@@ -81,6 +83,7 @@ class Trainer:
             micro_batches=micro_batches(self.config, self.ranks.world_size),
             forward_only=False,
         )
+        step.observations.weight_squares = weight_squares(self.model.module, self.config)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(self.config.train.global_batch_size)
         return loss, float(grad_norm), step.observations
@@ -320,7 +323,7 @@ def _validate(trainer: Trainer, data: DataStreams) -> Row:
 
 
 def _health(trainer: Trainer, observations: Observations) -> Row:
-    ratios = update_ratios(observations, trainer.stage, trainer.config, trainer.ranks)
+    ratios = update_ratios(observations, trainer.config, trainer.ranks)
     health: Row = {f"ttt/update_ratio/layer_{layer:02d}": ratio for layer, ratio in ratios.items()}
     if ratios and trainer.config.parallel.cp > 1:
         exposed = torch.tensor(observations.scan_exposed_s, device=trainer.ranks.device)

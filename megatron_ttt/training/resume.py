@@ -104,7 +104,7 @@ def _load_safetensors(folder: Path, config: Config, state: TrainingState, ranks:
     """A Hugging Face model's weights; every rank reads its own slices."""
     tp, damage = ranks.groups.tp, None
     try:
-        load_hf_weights(folder, state.model, config, tp_rank=tp.rank(), tp_size=tp.size())
+        load_hf_weights(folder, state.model.module, config, tp_rank=tp.rank(), tp_size=tp.size())
     except ConfigError as error:
         damage = error
     complaint = agree(ranks, damage)

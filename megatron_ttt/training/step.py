@@ -39,6 +39,8 @@ class Observations:
 
     Attributes:
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
+        weight_squares: per fast layer, the squared norm of this tensor rank's part of the W0 that
+            the step was computed with.
         tokens: tokens read, padding included, counted on this data-parallel rank.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         scans: per micro-batch, a record of every scan that was waited for.
@@ -46,6 +48,7 @@ class Observations:
     """
 
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
+    weight_squares: dict[int, Tensor] = field(default_factory=dict)
     tokens: int = 0
     pairs: int = 0
     scans: list[list[ScanRecord]] = field(default_factory=list)
@@ -185,9 +188,21 @@ def run_micro_batches(
     return LossSum(total, int(tokens))
 
 
-def update_ratios(
-    observations: Observations, model: Any, config: Config, ranks: Ranks
-) -> dict[int, float]:
+def weight_squares(model: Any, config: Config) -> dict[int, Tensor]:
+    """Squared norm (fp64) of this tensor rank's part of W0, per fast layer of the stage.
+
+    Asked for between a step's last backward and its update: there every weight is whole, and the
+    one that the step was computed with. Later, shards of other ranks may still be on their way.
+    """
+    fast = set(ttt_layers(config))
+    return {
+        layer.layer_number - 1: layer.mlp.linear_fc2.weight.detach().double().square().sum()
+        for layer in model.decoder.layers
+        if layer.layer_number - 1 in fast
+    }
+
+
+def update_ratios(observations: Observations, config: Config, ranks: Ranks) -> dict[int, float]:
     """``max norm(eta S) / norm(W0)`` per fast layer over rows and chunks of the global batch.
 
     Squares are summed over tensor ranks; the maximum is taken over cp, dp and pipeline stages.
@@ -196,14 +211,11 @@ def update_ratios(
     if not layers:
         return {}
     ratios = torch.zeros(len(layers), dtype=torch.float64, device=ranks.device)
-    weights = {
-        layer.layer_number - 1: layer.mlp.linear_fc2.weight for layer in model.decoder.layers
-    }
     for place, layer in enumerate(layers):
         if layer not in observations.state_squares:
             continue
         squares = torch.cat(observations.state_squares[layer]).double()
-        whole = torch.cat([squares, weights[layer].detach().double().square().sum()[None]])
+        whole = torch.cat([squares, observations.weight_squares[layer][None]])
         dist.all_reduce(whole, group=ranks.groups.tp)
         ratios[place] = config.ttt.eta * (whole[:-1].max() / whole[-1]).sqrt()
     dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=ranks.groups.dp_cp)

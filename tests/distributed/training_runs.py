@@ -221,7 +221,7 @@ def train_one(trainer: Trainer, batch: Batch, report: RunReport, *, keep_gradien
     report.losses.append(loss.mean)
     report.grad_norms.append(grad_norm)
     report.scans.append(sum(len(records) for records in observations.scans))
-    report.ratios.append(update_ratios(observations, trainer.stage, trainer.config, trainer.ranks))
+    report.ratios.append(update_ratios(observations, trainer.config, trainer.ranks))
 
 
 def gradients(trainer: Trainer) -> dict[str, tuple[int, int | None, Tensor]]:

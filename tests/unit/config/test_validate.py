@@ -94,6 +94,12 @@ def faults(
         ([*BIG, "parallel.sequence_parallel=on"], 1, "parallel.sequence_parallel=on: needs parall"),
         ([*BIG, "parallel.cp_comm_type=ring"], 1, "must be one of p2p, a2a, all_gather"),
         ([*BIG, "parallel.overlap_param_gather=true"], 1, "needs parallel.overlap_grad_reduce"),
+        ([*BIG, "parallel.bucket_size=5"], 1, "parallel.bucket_size=5: needs parallel.overlap"),
+        (
+            [*BIG, "parallel.overlap_grad_reduce=true", "parallel.bucket_size=0"],
+            1,
+            "parallel.bucket_size=0: must be at least 1",
+        ),
         ([*BIG, "train.precision=bf16"], 1, "train.precision=bf16: needs a GPU; use auto or fp32"),
         ([*BIG, "ttt.chunk_size=0"], 1, "ttt.chunk_size=0: must be at least 1"),
         ([*BIG, "ttt.eta=-1"], 1, "ttt.eta=-1.0: must be at least 0"),
