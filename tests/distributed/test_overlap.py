@@ -146,7 +146,7 @@ def test_weights_under_way_are_waited_for(
     for overlaps in (False, True):
         root = tmp_path / str(overlaps)
         config = configure(changes, mode, gather_overlaps=overlaps)
-        seen[overlaps] = pool.run(run_and_save, config, root, ranks=ranks)
+        seen[overlaps] = pool.run(run_and_save, config, root, ranks=ranks, timeout=150)
         records[overlaps] = read_manifest(step_folder(root, STEPS)).files
         del records[overlaps][".metadata"]  # a pickle, whose length depends on shared strings
     assert seen[True] == seen[False]
