@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import WHOLE, OneLineParser, tell
 from megatron_ttt.config.launcher import one_process
 from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
 from megatron_ttt.data.inputs import read_text
@@ -45,7 +45,7 @@ def parser() -> OneLineParser:
     add("--read", type=Path, metavar="FILE", help="the text")
     add("--memory", type=Path, metavar="FILE", help="start from a saved memory")
     add("--probe", type=Path, metavar="FILE", help="compared on (default: the text's end)")
-    add("--probe-tokens", type=int, default=256, metavar="N", help="of it (default: 256)")
+    add("--probe-tokens", type=WHOLE, default=256, metavar="N", help="of it (default: 256)")
     add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
     add("--beyond-positions", choices=["refuse", "allow"], default="refuse")
     add("--device", metavar="NAME", help="default: a GPU if there is one")

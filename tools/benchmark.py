@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import WHOLE, OneLineParser, bounded, tell
+from megatron_ttt.config.bounds import COUNT, Bound
 
 
 def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -28,13 +29,13 @@ def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]")
         "fast-weight-layer", help="forward and backward of one projection, time and memory"
     )
     add = parser.add_argument
-    add("--hidden", type=int, default=512)
-    add("--ffn", type=int, default=1536)
-    add("--tokens", type=int, default=8192)
-    add("--chunk", type=int, default=256, help="tokens of a chunk (default: 256)")
+    add("--hidden", type=WHOLE, default=512)
+    add("--ffn", type=WHOLE, default=1536)
+    add("--tokens", type=WHOLE, default=8192)
+    add("--chunk", type=WHOLE, default=256, help="tokens of a chunk (default: 256)")
     add("--dtype", default="fp32", help="fp32 (default), bf16 or fp64")
     add("--device", default="cpu", help="cpu (default) or cuda")
-    add("--repeats", type=int, default=5, help="measured rounds (default: 5)")
+    add("--repeats", type=WHOLE, default=5, help="measured rounds (default: 5)")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.set_defaults(run=run_fast_weight_layer)
 
@@ -64,9 +65,9 @@ def add_checkpoint(commands: "argparse._SubParsersAction[OneLineParser]") -> Non
     """What saving costs the step, asynchronously and synchronously."""
     parser = commands.add_parser("checkpoint", help="how long a step waits for a checkpoint")
     add = parser.add_argument
-    add("--hidden", type=int, default=512)
-    add("--layers", type=int, default=8)
-    add("--repeats", type=int, default=3, help="saves in each mode (default: 3)")
+    add("--hidden", type=WHOLE, default=512)
+    add("--layers", type=WHOLE, default=8)
+    add("--repeats", type=WHOLE, default=3, help="saves in each mode (default: 3)")
     add("--folder", type=Path, help="on the file system to measure (default: a temporary one)")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.set_defaults(run=run_checkpoint)
@@ -136,14 +137,19 @@ def add_decoding(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     """A generated token with fast weights against the same model without."""
     parser = commands.add_parser("decoding", help="what a generated token costs, on and off")
     add = parser.add_argument
-    add("--hidden", type=int, default=512)
-    add("--ffn", type=int, default=1536)
-    add("--layers", type=int, default=12)
-    add("--chunk", type=int, default=128, help="tokens of a chunk and of a round (default: 128)")
-    add("--batch", type=int, nargs="+", default=[1, 4], help="rows (default: 1 4)")
-    add("--rounds", type=int, default=5, help="measured rounds (default: 5)")
-    add("--dtype", default="fp32", help="fp32 (default) or bf16")
-    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--hidden", type=bounded(COUNT), default=512)
+    add("--ffn", type=bounded(COUNT), default=1536)
+    add("--layers", type=bounded(COUNT), default=12)
+    add(
+        "--chunk",
+        type=bounded(COUNT),
+        default=128,
+        help="tokens of a chunk and of a round (default: 128)",
+    )
+    add("--batch", type=bounded(COUNT), nargs="+", default=[1, 4], help="rows (default: 1 4)")
+    add("--rounds", type=bounded(COUNT), default=5, help="measured rounds (default: 5)")
+    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.set_defaults(run=run_decoding)
 
@@ -167,10 +173,20 @@ def add_scan(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         "scan", help="the scan's links and algorithms beside the cost model's prediction"
     )
     add = parser.add_argument
-    add("--ranks", type=int, default=4, help="local processes; under torchrun its own (default: 4)")
-    add("--state-mb", type=float, default=25.0, help="one rank's state (default: 25 MB)")
+    add(
+        "--ranks",
+        type=WHOLE,
+        default=4,
+        help="local processes; under torchrun its own (default: 4)",
+    )
+    add(
+        "--state-mb",
+        type=bounded(Bound(-1, 1e6), float),
+        default=25.0,
+        help="one rank's state (default: 25 MB)",
+    )
     add("--order", choices=["zigzag", "contiguous"], default="zigzag")
-    add("--repeats", type=int, default=9, help="measured rounds (default: 9)")
+    add("--repeats", type=WHOLE, default=9, help="measured rounds (default: 9)")
     add("--write-constants", type=Path, metavar="FILE", help="for parallel.scan_constants")
     add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
     parser.set_defaults(run=run_scan)

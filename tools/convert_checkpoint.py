@@ -24,7 +24,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import SEED_NUMBER, OneLineParser, bounded, tell
+from megatron_ttt.config.bounds import Bound
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import one_process
 
@@ -48,7 +49,12 @@ def add_import(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="layers that get a target generator, or none (default: those of the source, or every"
         " sixth)",
     )
-    add("--seed", type=int, default=1234, help="of a new target generator (default: train.seed's)")
+    add(
+        "--seed",
+        type=SEED_NUMBER,
+        default=1234,
+        help="of a new target generator (default: train.seed's)",
+    )
     _add_common(parser)
     parser.set_defaults(run=run_import)
 
@@ -73,7 +79,12 @@ def add_export(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="package: the classes of megatron_ttt.hf; reference: the plain architecture with"
         " ttt_* keys, for the published reference implementation",
     )
-    add("--shard-gib", type=float, default=4.0, help="largest file of weights (default: 4)")
+    add(
+        "--shard-gib",
+        type=bounded(Bound(0, 1e6, open=True), float),
+        default=4.0,
+        help="largest file of weights (default: 4)",
+    )
     _add_common(parser)
     parser.set_defaults(run=run_export)
 

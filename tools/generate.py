@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import SEED_NUMBER, WHOLE, OneLineParser, bounded, tell
+from megatron_ttt.config.bounds import Bound
 from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import (
     RULE_KEYS,
@@ -73,12 +74,17 @@ def parser() -> OneLineParser:
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
     add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
     add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="default: 128")
-    add("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
-    add("--top-k", type=int, metavar="K")
-    add("--top-p", type=float, metavar="P")
-    add("--seed", type=int, default=1234)
-    add("--stop-token", type=int, action="append", metavar="ID", help="default: the model's")
+    add("--max-new-tokens", type=WHOLE, default=128, metavar="N", help="default: 128")
+    add(
+        "--temperature",
+        type=bounded(Bound(-1e30, 1e30), float),
+        default=0.0,
+        help="0 (default): the most likely token",
+    )
+    add("--top-k", type=WHOLE, metavar="K")
+    add("--top-p", type=bounded(Bound(-1, 1e6), float), metavar="P")
+    add("--seed", type=SEED_NUMBER, default=1234)
+    add("--stop-token", type=WHOLE, action="append", metavar="ID", help="default: the model's")
     add("--session", type=Path, metavar="FILE", help="continue it if it exists; save it at the end")
     add("--memory", type=Path, metavar="FILE", help="start with the fast weights of a memory")
     add("--save-memory", type=Path, metavar="FILE", help="save the fast weights at the end")

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import OneLineParser, bounded, tell
+from megatron_ttt.config.bounds import COUNT, Bound
 from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.load import check, describe, load_config
 
@@ -27,7 +28,9 @@ def add_model_command(commands: "argparse._SubParsersAction[OneLineParser]") -> 
     """``plan.py model``: the dry run for any number of ranks, on any machine."""
     parser = commands.add_parser("model", help="what a configuration would build")
     parser.add_argument("overrides", nargs="*", help="as for launch/pretrain.py: +model=NAME ...")
-    parser.add_argument("--ranks", type=int, help="processes (default: one copy of the model)")
+    parser.add_argument(
+        "--ranks", type=bounded(COUNT), help="processes (default: one copy of the model)"
+    )
     parser.set_defaults(run=plan_model)
 
 
@@ -58,7 +61,10 @@ def add_scan_command(commands: "argparse._SubParsersAction[OneLineParser]") -> N
     parser = commands.add_parser("scan", help="what the scan costs on 2 to 4096 ranks")
     parser.add_argument("overrides", nargs="*", help="as for launch/pretrain.py: +model=NAME ...")
     parser.add_argument(
-        "--tflops", type=float, default=400.0, help="achieved per device (default: 400)"
+        "--tflops",
+        type=bounded(Bound(0, 1e9, open=True), float),
+        default=400.0,
+        help="achieved per device (default: 400)",
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw it")
     parser.set_defaults(run=plan_scan)

@@ -20,7 +20,8 @@ from rich.progress import Progress as RichProgress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.arguments import WHOLE, OneLineParser, bounded, tell
+from megatron_ttt.config.bounds import INT32, Bound
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
 from megatron_ttt.data.shards import OnError
@@ -48,19 +49,30 @@ def parse(arguments: list[str]) -> PreprocessOptions:
         metavar="NAME",
         help="bytes (default), a folder with tokenizer.json, or a Hugging Face hub name",
     )
-    add("--eod-id", type=int, metavar="ID", help="end of document, if not end of sequence")
-    add("--pad-id", type=int, metavar="ID", help="padding, if the tokenizer has none of its own")
+    add("--eod-id", type=WHOLE, metavar="ID", help="end of document, if not end of sequence")
+    add("--pad-id", type=WHOLE, metavar="ID", help="padding, if the tokenizer has none of its own")
     add(
         "--align",
-        type=int,
+        type=WHOLE,
         default=0,
         metavar="N",
         help="pad documents to multiples of N tokens, e.g. ttt.chunk_size (default: 0, off)",
     )
     errors = [choice.value for choice in OnError]
     add("--on-error", choices=errors, default="skip", help="damaged documents (default: skip)")
-    add("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
-    add("--shard-bytes", type=int, metavar="N", help="input per unit of work (default: by size)")
+    add(
+        "--workers",
+        type=bounded(Bound(-INT32, 1024)),
+        default=1,
+        metavar="N",
+        help="processes (default: 1)",
+    )
+    add(
+        "--shard-bytes",
+        type=bounded(Bound(-INT32, 2**62)),
+        metavar="N",
+        help="input per unit of work (default: by size)",
+    )
     add("--overwrite", action="store_true", help="replace a dataset at PREFIX")
     given = parser.parse_args(arguments)
     is_bytes = given.tokenizer == "bytes"

@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
+from megatron_ttt.config.bounds import INT32, SEED, Bound
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.launcher import LaunchError, launched
 
@@ -17,6 +19,33 @@ class OneLineParser(argparse.ArgumentParser):
         line = " ".join(message.split())  # values may hold line breaks
         print(f"error: {line} (--help lists the options)", file=sys.stderr)
         sys.exit(MISTAKE)
+
+
+def bounded(bound: Bound, kind: Callable[[str], float] = int) -> Callable[[str], float]:
+    """A ``type`` of argparse: a number inside a bound.
+
+    Args:
+        bound: what is valid.
+        kind: int or float.
+    """
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):  # of any text, as Python reads numbers
+            expected = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text[:40]!r}: must be {expected}") from None
+        complaint = bound.complaint(value)
+        if complaint is not None:
+            raise argparse.ArgumentTypeError(f"{text[:40]}: {complaint}")
+        return value
+
+    return read
+
+
+# numbers whose lower ends are checked beside what they are for
+WHOLE = bounded(Bound(-INT32))
+SEED_NUMBER = bounded(SEED)
 
 
 def tell(error: ValueError | OSError, *, mark_faults: str = "") -> int:

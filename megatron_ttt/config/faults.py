@@ -16,8 +16,9 @@ class Fault:
     message: str
 
     def line(self) -> str:
-        """The fault as the one line that a user reads."""
-        return " ".join(f"{self.key}={show(self.value)}: {self.message}".split())
+        """The fault as the one line that a user reads; long texts are cut short."""
+        value, message = _cut(show(self.value), 120), _cut(self.message, 1000)
+        return " ".join(f"{_cut(self.key, 120)}={value}: {message}".split())
 
 
 class ConfigError(ValueError):
@@ -44,6 +45,10 @@ def show(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ",".join(show(item) for item in value) + "]"
     return str(value)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def suggest(word: str, choices: Iterable[str]) -> str:

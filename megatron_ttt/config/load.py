@@ -5,6 +5,7 @@ status 2, before anything is written and before torch is imported.
 """
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.overrides import (
+    as_typed,
     check_overrides,
     group_options,
     missing_key,
     missing_model,
+    shape_faults,
 )
 from megatron_ttt.config.run_directory import run_directory_faults
 from megatron_ttt.config.schema import AttentionBackend, Config, Precision
@@ -91,7 +94,7 @@ def compose_root(
     register_schema(root)
     try:
         with initialize_config_dir(str(config_dir.resolve()), version_base=HYDRA_VERSION):
-            composed = compose(root.name, overrides=list(overrides))
+            composed = compose(root.name, overrides=as_typed(overrides, root.schema))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([_hydra_fault(error, overrides)]) from error
     return config_of(composed, root, config_dir=config_dir)
@@ -116,6 +119,8 @@ def config_of(
     except OmegaConfBaseException as error:
         raise ConfigError([_hydra_fault(error, [])]) from error
     assert isinstance(config, root.schema)
+    if faults := shape_faults(config):
+        raise ConfigError(faults)
     return config
 
 
@@ -157,7 +162,12 @@ def check(config: Config, *, world_size: int) -> None:
         cuda = _cuda_matters(config) and _cuda_present()
         installed = importlib.util.find_spec("transformer_engine") is not None
         faults = validate(config, world_size, cuda=cuda, transformer_engine=installed)
-        faults += run_directory_faults(config)
+        if not {fault.key for fault in faults} & {"model.name", "run.name", "run.dir"}:
+            faults += run_directory_faults(config)
+        if not faults:
+            from megatron_ttt.config.summary import memory_faults
+
+            faults = memory_faults(config, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if faults:
         raise ConfigError(faults)
 
@@ -249,6 +259,8 @@ def _run_with_flags(
             compose_root(root, words, config_dir=config_dir)
         elif faults := check_overrides(words, groups, schema=root.schema, sweep=True):
             raise ConfigError(faults)
+        typed = dict(zip(words, as_typed(words, root.schema), strict=True))
+        argv = [typed.get(word, word) for word in argv]
     statuses: list[int] = []
     faults_of_jobs: list[Fault] = []
 
@@ -281,7 +293,7 @@ def _hydra_fault(error: Exception, overrides: Sequence[str]) -> Fault:
     text = str(cause).strip().splitlines()
     key = getattr(cause, "full_key", None) or "configuration"
     value: Any = " ".join(overrides) if key == "configuration" else ""
-    return Fault(str(key), value, text[0] if text else type(cause).__name__)
+    return Fault(str(key), value, text[0][:200] if text else type(cause).__name__)
 
 
 def _cuda_matters(config: Config) -> bool:

@@ -83,6 +83,47 @@ def check_overrides(
     return faults
 
 
+def as_typed(words: Sequence[str], schema: type) -> list[str]:
+    """The words, with quotes around numbers and switches that are given to keys of text.
+
+    Hydra reads ``run.name=1e3`` as a number, and its text would be ``1000.0``; ``run.resume=no``
+    as ``false``.
+
+    Args:
+        words: of which :func:`check_overrides` found no fault.
+        schema: as there.
+    """
+    parser = OverridesParser.create()
+    quoted = []
+    for word in words:
+        override = parser.parse_override(word)
+        sweeps = override.is_choice_sweep()
+        values = list(override.sweep_iterator()) if sweeps else [override.value()]
+        key, _, text = word.partition("=")
+        parts = text.split(",") if sweeps else [text]
+        # texts with commas of their own are in quotes already
+        if text and len(parts) == len(values) and _takes_text(override.key_or_group, schema):
+            parts = [
+                f"'{part.strip()}'" if isinstance(value, bool | int | float) else part
+                for part, value in zip(parts, values, strict=True)
+            ]
+            word = f"{key}={','.join(parts)}"
+        quoted.append(word)
+    return quoted
+
+
+def _takes_text(key: str, schema: type) -> bool:
+    """Whether a value of the key is text, or may be."""
+    annotation: Any = schema
+    for part in key.split("."):
+        inner = _strip_optional(annotation)
+        fields = typing.get_type_hints(inner) if dataclasses.is_dataclass(inner) else {}
+        if part not in fields:
+            return False
+        annotation = fields[part]
+    return annotation is Any or _strip_optional(annotation) is str
+
+
 def missing_model(config_dir: Path) -> Fault:
     """The fault of a command line that chooses neither a model nor an experiment."""
     groups = group_options(config_dir)
@@ -172,13 +213,43 @@ def _value_faults(override: Override, owner: Any, annotation: Any) -> list[Fault
         return []  # an interpolation: resolved, and checked, with the whole
     try:
         OmegaConf.update(OmegaConf.structured(owner), key.split(".")[-1], value, merge=True)
-    except OmegaConfBaseException:
+    except (OmegaConfBaseException, OverflowError):  # a whole number beyond every float
         message = f"must be {_expected(annotation)}"
         inner = _strip_optional(annotation)
         if isinstance(inner, type) and issubclass(inner, Enum):
             message = suggest(str(value), inner.__members__) + message
         return [Fault(key, override.get_value_string(), message)]
     return []
+
+
+def shape_faults(config: Any, prefix: str = "") -> list[Fault]:
+    """Faults of parts that an interpolation or a nested list put where another type belongs.
+
+    OmegaConf checks the types of single values only.
+
+    Args:
+        config: a dataclass of a schema.
+        prefix: of its keys.
+    """
+    faults = []
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        value, inner = getattr(config, name), _strip_optional(annotation)
+        if dataclasses.is_dataclass(inner):
+            assert isinstance(inner, type)
+            if isinstance(value, inner):
+                faults += shape_faults(value, f"{prefix}{name}.")
+                continue
+            fits = False
+        elif typing.get_origin(inner) is list and value is not None:
+            (item,) = typing.get_args(inner)
+            fits = isinstance(value, list) and all(type(member) is item for member in value)
+        elif annotation is Any:
+            fits = not dataclasses.is_dataclass(value)
+        else:
+            continue
+        if not fits:
+            faults.append(Fault(f"{prefix}{name}", value, f"must be {_expected(annotation)}"))
+    return faults
 
 
 def _strip_optional(annotation: Any) -> Any:
@@ -205,6 +276,8 @@ def _expected(annotation: Any) -> str:
             text = known.get(item, "a list")
     elif dataclasses.is_dataclass(inner):
         text = f"keys among {', '.join(typing.get_type_hints(inner))}"
+    elif annotation is Any:
+        text = "text, or a list or mapping of texts"
     else:
         text = str(inner)
     return text if inner is annotation else f"{text}, or null"

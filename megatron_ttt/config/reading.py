@@ -4,11 +4,12 @@ The update rule of a checkpoint is part of what was trained; reading it under an
 its choice is examined (ablations) and how a bad one is tamed (``decay``, ``clip``).
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from typing import Any
 
+from megatron_ttt.config.bounds import RULE_BOUNDS
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import ClipConfig, ClipMode, TTTConfig, TTTMode
 
@@ -100,7 +101,7 @@ def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     return changed
 
 
-def _set_keys(rule: ReadingRule) -> Iterator[tuple[str, object]]:
+def _set_keys(rule: ReadingRule) -> Iterator[tuple[str, Any]]:
     """The keys that differ from the checkpoint's, ``mode`` apart."""
     values = {
         "ttt.eta": rule.eta,
@@ -124,11 +125,7 @@ def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
 
 def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
     """What no update rule may be; whether it fits the checkpoint is not asked here."""
-    if rule.eta is not None and not 0 <= rule.eta < math.inf:
-        yield Fault("ttt.eta", rule.eta, "must be a number of at least 0")
-    if rule.chunk_size is not None and rule.chunk_size < 1:
-        yield Fault("ttt.chunk_size", rule.chunk_size, "must be at least 1")
-    if rule.decay is not None and not 0 < rule.decay <= 1:
-        yield Fault("ttt.decay", rule.decay, "must lie in (0, 1]; 1 keeps everything")
-    if rule.clip.bound is not None and not rule.clip.bound > 0:
-        yield Fault("ttt.clip.bound", rule.clip.bound, "must be above 0")
+    for key, value in _set_keys(rule):
+        complaint = RULE_BOUNDS[key].complaint(value) if key in RULE_BOUNDS else None
+        if complaint is not None:
+            yield Fault(key, value, complaint)

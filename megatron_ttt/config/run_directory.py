@@ -48,8 +48,12 @@ def changed_keys(saved: Mapping[Any, Any], current: Mapping[Any, Any]) -> list[s
 def run_directory_faults(config: Config) -> list[Fault]:
     """The fault of a ``run.dir`` whose ``config.yaml`` describes another run; reads that file."""
     file = Path(config.run.dir) / CONFIG_FILE
-    if not file.is_file():
-        return []
+    try:
+        if not file.is_file():
+            return []
+    except OSError as error:
+        message = f"cannot be looked at ({error.strerror})"
+        return [Fault("run.dir", config.run.dir, message)]
     try:
         saved = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError):

@@ -7,11 +7,13 @@ counts ``2 m k n`` floating-point operations.
 from dataclasses import dataclass
 
 from megatron_ttt.config import derived
+from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.schema import AttentionBackend, Config, CPOrder
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
 
 CONV_TAPS = 5
 STATE_BYTES = 4  # fp32
+LEAST_BYTES = 2  # of a number that is computed with: bf16
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,31 @@ def state_bytes(config: Config) -> int:
     """Bytes of one layer's state, fp32, on one tensor-parallel rank and for one batch row."""
     model = config.model
     return STATE_BYTES * model.hidden_size * model.ffn_hidden_size // config.parallel.tp
+
+
+def memory_faults(config: Config, memory: int) -> list[Fault]:
+    """Faults of what cannot fit whatever else is done: an allocation would fail much later.
+
+    Args:
+        config: a valid configuration.
+        memory: of this machine, bytes.
+    """
+    parallel, train, model = config.parallel, config.train, config.model
+    weights = LEAST_BYTES * parameter_counts(config).total // (parallel.tp * parallel.pp)
+    logits = LEAST_BYTES * train.micro_batch_size * train.seq_length * model.vocab_size
+    logits //= parallel.tp * parallel.cp
+    has = f"this machine has {memory / 1e9:,.0f} GB"
+    faults = []
+    if weights > memory:
+        message = f"its weights are {weights / 1e9:,.0f} GB on each rank, {has}"
+        faults.append(Fault("model.name", model.name, message))
+    if logits > memory:
+        message = (
+            f"with train.seq_length={train.seq_length} the logits of a micro-batch are"
+            f" {logits / 1e9:,.0f} GB on each rank, {has}"
+        )
+        faults.append(Fault("train.micro_batch_size", train.micro_batch_size, message))
+    return faults
 
 
 def training_flops_per_token(config: Config) -> float:

@@ -8,10 +8,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_ttt.config import derived
+from megatron_ttt.config.bounds import (
+    INT32,
+    TRAINING_BOUNDS,
+    bound_faults,
+    flat_values,
+    text_complaint,
+)
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
-    ClipMode,
     Config,
     DataSource,
     Precision,
@@ -25,13 +31,18 @@ from megatron_ttt.parallel.layout import nearest_valid_lengths
 # Submodules that both megatron-core lines can recompute in a dense model without latent attention.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
 CP_COMM_TYPES = ("p2p", "a2a", "all_gather")
+MOST_SAMPLES = 2**40  # far beyond every corpus; their numbers stay in 64 bits whatever is added
+_NEVER = ("no", "off", "false", "none", "null", "0", "n")  # what is typed instead of never
+_NOT_IN_WANDB = "/\\#?%:"  # wandb refuses them in the name of a project
+_LONGEST_IN_WANDB = 128
+_LARGEST_WEIGHT = 1e15
 BYTE_TOKENS = 258  # 256 bytes, end of document, padding
 
 
 def validate(
     config: Config, world_size: int, *, cuda: bool, transformer_engine: bool = False
 ) -> list[Fault]:
-    """Every fault of a composed configuration, in the order of the checks below.
+    """Every fault of a composed configuration, in the order of the schema.
 
     Args:
         config: complete (no ``MISSING`` left), of the right types.
@@ -39,54 +50,23 @@ def validate(
         cuda: every process has a GPU.
         transformer_engine: the package ``transformer_engine`` is installed.
     """
-    faults = [fault for check in _CHECKS for fault in check(config)]
-    faults += _world_faults(config, world_size)
-    faults += _device_faults(config, cuda=cuda, transformer_engine=transformer_engine)
-    return faults
+    faults = _once(bound_faults(config, TRAINING_BOUNDS))
+    wrong = {fault.key for fault in faults}
+    if any(isinstance(fault.value, int) for fault in faults):
+        return faults  # the checks below divide by some of these counts and go through others
+    others = [fault for check in _CHECKS for fault in check(config)]
+    others += _world_faults(config, world_size)
+    others += _device_faults(config, cuda=cuda, transformer_engine=transformer_engine)
+    faults += [fault for fault in others if fault.key not in wrong]
+    order = [key for key, _ in flat_values(config)]  # what is of no single key comes last
+    return sorted(faults, key=lambda f: order.index(f.key) if f.key in order else len(order))
 
 
-def _below(key: str, value: Any, least: float, *, exclusive: bool = False) -> Iterator[Fault]:
-    """A fault if a number that is given (not null) is under its least valid value."""
-    if value is None:
-        return
-    if exclusive and not value > least:
-        yield Fault(key, value, f"must be above {least:g}")
-    elif not exclusive and not value >= least:
-        yield Fault(key, value, f"must be at least {least:g}")
-
-
-def _positive_faults(config: Config) -> Iterator[Fault]:
-    model, train, parallel = config.model, config.train, config.parallel
-    counts = {
-        "model.layers": model.layers,
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.heads": model.heads,
-        "model.kv_groups": model.kv_groups,
-        "model.head_dim": model.head_dim,
-        "model.vocab_size": model.vocab_size,
-        "model.max_positions": model.max_positions,
-        "model.sliding_window": model.sliding_window,
-        "ttt.chunk_size": config.ttt.chunk_size,
-        "parallel.tp": parallel.tp,
-        "parallel.cp": parallel.cp,
-        "parallel.pp": parallel.pp,
-        "parallel.timeout_s": parallel.timeout_s,
-        "train.steps": train.steps,
-        "train.seq_length": train.seq_length,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.global_batch_size": train.global_batch_size,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep_last": config.checkpoint.keep_last,
-        "checkpoint.keep_every": config.checkpoint.keep_every,
-        "validation.interval": config.validation.interval,
-        "validation.batches": config.validation.batches,
-        "logging.interval": config.logging.interval,
-    }
-    for key, value in counts.items():
-        yield from _below(key, value, 1)
-    yield from _below("data.workers", config.data.workers, 0)
-    yield from _below("train.seed", train.seed, 0)
+def _once(faults: list[Fault]) -> list[Fault]:
+    """Without what follows from another: run.dir is built of run.name, and that of model.name."""
+    keys = {fault.key for fault in faults}
+    follows = {"run.dir": {"run.name", "model.name"}, "run.name": {"model.name"}}
+    return [fault for fault in faults if not follows.get(fault.key, set()) & keys]
 
 
 def _model_faults(config: Config) -> Iterator[Fault]:
@@ -97,14 +77,10 @@ def _model_faults(config: Config) -> Iterator[Fault]:
         )
     if model.head_dim % 2:
         yield Fault("model.head_dim", model.head_dim, "must be even: RoPE rotates pairs")
-    yield from _below("model.norm_epsilon", model.norm_epsilon, 0, exclusive=True)
-    yield from _below("model.initializer_range", model.initializer_range, 0, exclusive=True)
-    yield from _below("model.rope.base", rope.base, 1, exclusive=True)
     if rope.scaling is RopeScaling.none and rope.factor != 1.0:
         yield Fault("model.rope.factor", rope.factor, "has no effect with model.rope.scaling=none")
-    if rope.scaling is not RopeScaling.none:
-        yield from _below("model.rope.factor", rope.factor, 1)
-        yield from _below("model.rope.original_max_positions", rope.original_max_positions, 1)
+    if rope.scaling is not RopeScaling.none and rope.factor < 1:
+        yield Fault("model.rope.factor", rope.factor, "must be at least 1")
     if rope.scaling is RopeScaling.llama3 and not 0 < rope.low_freq_factor < rope.high_freq_factor:
         yield Fault(
             "model.rope.low_freq_factor",
@@ -127,19 +103,15 @@ def _model_faults(config: Config) -> Iterator[Fault]:
 def _ttt_faults(config: Config) -> Iterator[Fault]:
     ttt, layers = config.ttt, config.model.layers
     if ttt.layers is not None:
-        for layer in ttt.layers:
-            if not 0 <= layer < layers:
-                message = f"{config.model.name} has no layer {layer}: layers are 0 to {layers - 1}"
-                yield Fault("ttt.layers", ttt.layers, message)
+        beyond = [layer for layer in ttt.layers if not 0 <= layer < layers]
+        if beyond:
+            absent = ", ".join(map(str, beyond[:8]))
+            message = f"{config.model.name} has no layer {absent}: layers are 0 to {layers - 1}"
+            yield Fault("ttt.layers", ttt.layers, message)
         if len(set(ttt.layers)) != len(ttt.layers):
             yield Fault("ttt.layers", ttt.layers, "names a layer twice")
         if not ttt.layers:
             yield Fault("ttt.layers", ttt.layers, "is empty: choose layers, null or ttt=off")
-    yield from _below("ttt.eta", ttt.eta, 0)
-    if not 0 < ttt.decay <= 1:
-        yield Fault("ttt.decay", ttt.decay, "must lie in (0, 1]; 1 keeps everything")
-    if ttt.clip.mode is not ClipMode.off:
-        yield from _below("ttt.clip.bound", ttt.clip.bound, 0, exclusive=True)
     if derived.reads_input_embeddings(config) and config.parallel.pp > 1:
         yield Fault(
             "ttt.target",
@@ -214,25 +186,14 @@ def _nearest(size: int, unit: int) -> str:
 
 def _optimizer_faults(config: Config) -> Iterator[Fault]:
     optimizer = config.optimizer
-    yield from _below("optimizer.lr", optimizer.lr, 0)
-    yield from _below("optimizer.min_lr", optimizer.min_lr, 0)
     if optimizer.min_lr > optimizer.lr >= 0:
         yield Fault("optimizer.min_lr", optimizer.min_lr, f"is above optimizer.lr={optimizer.lr:g}")
-    if not 0 <= optimizer.warmup_fraction < 1:
-        yield Fault("optimizer.warmup_fraction", optimizer.warmup_fraction, "must lie in [0, 1)")
-    yield from _below("optimizer.warmup_steps", optimizer.warmup_steps, 0)
     if optimizer.warmup_steps is not None and optimizer.warmup_steps >= config.train.steps:
         yield Fault(
             "optimizer.warmup_steps",
             optimizer.warmup_steps,
             f"must be below train.steps={config.train.steps}",
         )
-    yield from _below("optimizer.weight_decay", optimizer.weight_decay, 0)
-    yield from _below("optimizer.clip_grad", optimizer.clip_grad, 0)
-    yield from _below("optimizer.epsilon", optimizer.epsilon, 0, exclusive=True)
-    for name in ("beta1", "beta2"):
-        if not 0 <= getattr(optimizer, name) < 1:
-            yield Fault(f"optimizer.{name}", getattr(optimizer, name), "must lie in [0, 1)")
 
 
 def _train_faults(config: Config) -> Iterator[Fault]:
@@ -253,19 +214,48 @@ def _train_faults(config: Config) -> Iterator[Fault]:
         yield Fault(
             "parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce=true"
         )
-    if parallel.bucket_size is not None:
-        if not parallel.overlap_grad_reduce:
+    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
+        yield Fault(
+            "parallel.bucket_size",
+            parallel.bucket_size,
+            "needs parallel.overlap_grad_reduce=true: without it all is reduced at once",
+        )
+    tokens = train.micro_batch_size * train.seq_length
+    if tokens > INT32:
+        yield Fault(
+            "train.micro_batch_size",
+            train.micro_batch_size,
+            f"times train.seq_length={train.seq_length} is {tokens} tokens in a micro-batch,"
+            f" at most {INT32}",
+        )
+    samples = train.steps * train.global_batch_size
+    if samples > MOST_SAMPLES:
+        yield Fault(
+            "train.steps",
+            train.steps,
+            f"times train.global_batch_size={train.global_batch_size} is {samples} samples,"
+            f" at most {MOST_SAMPLES}",
+        )
+
+
+def _run_faults(config: Config) -> Iterator[Fault]:
+    run, logging = config.run, config.logging
+    if any(part in (".", "..") for part in run.name.split("/")):
+        yield Fault("run.name", run.name, "names a folder of outputs/: give run.dir for another")
+    if not run.resume.strip():
+        message = "must be never, auto or the path of a checkpoint folder"
+        yield Fault("run.resume", "''", message)
+    elif run.resume.lower() in _NEVER:
+        message = "must be never, auto or the path of a checkpoint folder; did you mean never?"
+        yield Fault("run.resume", run.resume, message)
+    for name in ("wandb_project", "wandb_entity"):
+        text = getattr(logging, name)
+        if text is not None and (set(text) & set(_NOT_IN_WANDB) or len(text) > _LONGEST_IN_WANDB):
             yield Fault(
-                "parallel.bucket_size",
-                parallel.bucket_size,
-                "needs parallel.overlap_grad_reduce=true: without it all is reduced at once",
+                f"logging.{name}",
+                text,
+                f"must be at most {_LONGEST_IN_WANDB} characters without any of {_NOT_IN_WANDB}",
             )
-        yield from _below("parallel.bucket_size", parallel.bucket_size, 1)
-    if not config.run.resume:
-        yield Fault("run.resume", "''", "must be never, auto or the path of a checkpoint folder")
-    if config.logging.peak_tflops_per_device is not None:
-        peak = config.logging.peak_tflops_per_device
-        yield from _below("logging.peak_tflops_per_device", peak, 0, exclusive=True)
 
 
 def _data_faults(config: Config) -> Iterator[Fault]:
@@ -288,6 +278,7 @@ def _data_faults(config: Config) -> Iterator[Fault]:
             "data.tokenizer.kind=huggingface needs the name or the folder of a tokenizer"
             " (or data.tokenizer.kind=bytes)",
         )
+    yield from _path_faults(data.path)
     if data.source is DataSource.files and data.path is None and not config.run.dry_run:
         yield Fault(
             "data.path",
@@ -300,7 +291,8 @@ def _data_faults(config: Config) -> Iterator[Fault]:
         numbers = [float(share) for share in shares]
     except ValueError:
         numbers = []
-    if len(numbers) != 3 or min(numbers) < 0 or numbers[0] <= 0:
+    counted = len(numbers) == 3 and all(0 <= number < 1e30 for number in numbers)
+    if not counted or numbers[0] == 0:
         yield Fault(
             "data.split", data.split, "must be three shares train,validation,test such as 99,1,0"
         )
@@ -310,6 +302,29 @@ def _data_faults(config: Config) -> Iterator[Fault]:
             data.split,
             f"leaves nothing to validate on, and validation.interval={config.validation.interval}",
         )
+
+
+def _path_faults(path: Any) -> Iterator[Fault]:
+    """The forms of ``data.path``; what the prefixes name is looked at when the run starts."""
+    if path is None:
+        return
+    prefixes = list(path) if isinstance(path, list | dict) else [path]
+    weights = list(path.values()) if isinstance(path, dict) else []
+    complaints = [text_complaint(item) if isinstance(item, str) else "" for item in prefixes]
+    if not prefixes or "" in complaints:
+        message = "must be the prefix of a .bin/.idx pair, a list of prefixes, or {prefix: weight}"
+        yield Fault("data.path", path, message)
+    elif isinstance(path, list | dict) and any(complaints):
+        message = next(complaint for complaint in complaints if complaint)
+        yield Fault("data.path", path, f"a prefix {message}")
+    elif len(set(prefixes)) < len(prefixes):
+        yield Fault("data.path", path, "names a prefix twice")
+    for weight in weights:
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (is_number and 0 < weight <= _LARGEST_WEIGHT):
+            message = f"a weight must be a number above 0 and at most {_LARGEST_WEIGHT:g}"
+            yield Fault("data.path", path, message)
+            break
 
 
 def _world_faults(config: Config, world_size: int) -> list[Fault]:
@@ -340,6 +355,7 @@ def _world_faults(config: Config, world_size: int) -> list[Fault]:
 
 
 def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> Iterator[Fault]:
+    """What depends on the machine."""
     train = config.train
     recomputed = train.recompute_modules if train.recompute is Recompute.selective else []
     if "layernorm" in recomputed and not transformer_engine:
@@ -349,7 +365,6 @@ def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> I
             "layernorm needs the package transformer_engine, which Megatron-core asks for its"
             " state there; use core_attn, mlp",
         )
-    """What depends on the machine."""
     if config.train.precision is Precision.bf16 and not cuda:
         yield Fault("train.precision", config.train.precision, "needs a GPU; use auto or fp32")
     backend = config.model.attention
@@ -371,12 +386,12 @@ def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> I
 
 
 _CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
-    _positive_faults,
     _model_faults,
     _ttt_faults,
     _shard_faults,
     _sequence_faults,
     _optimizer_faults,
     _train_faults,
+    _run_faults,
     _data_faults,
 )

@@ -1,15 +1,24 @@
 """The keys of ``tools/evaluate.py``: one owner for each, its type and its default. No torch."""
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_ttt.config.bounds import (
+    COUNT,
+    RANKS,
+    RULE_BOUNDS,
+    SEED,
+    Bound,
+    bound_faults,
+    flat_values,
+)
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.load import Root
-from megatron_ttt.config.reading import ReadingRule, rule_faults
+from megatron_ttt.config.reading import ReadingRule
 from megatron_ttt.config.schema import CPOrder, Precision, ScanAlgorithm
 from megatron_ttt.data.inputs import InputFormat
 
@@ -148,26 +157,38 @@ class EvaluationConfig:
 EVALUATION = Root("evaluation", EvaluationConfig, "evaluation_schema", grouped=False)
 
 
+EVALUATION_BOUNDS: Mapping[str, Bound] = {
+    **RULE_BOUNDS,
+    "seed": SEED,
+    "parallel.tp": RANKS,
+    "parallel.cp": RANKS,
+    "parallel.timeout_s": COUNT,
+    "perplexity.length": COUNT,
+    "perplexity.rows": COUNT,
+    "perplexity.batch_size": COUNT,
+    "perplexity.bins": COUNT,
+    "perplexity.contexts": COUNT,
+    "perplexity.scored": COUNT,
+    "ruler.lengths": COUNT,
+    "ruler.samples": COUNT,
+    "ruler.batch_size": COUNT,
+    "needles.lengths": COUNT,
+    "needles.depths": COUNT,
+    "needles.samples": COUNT,
+    "needles.batch_size": COUNT,
+    "speed.lengths": COUNT,
+    "speed.batch_sizes": COUNT,
+    "speed.new_tokens": COUNT,
+    "speed.repeats": COUNT,
+    "health.length": COUNT,
+    "health.rows": COUNT,
+    "health.positions": COUNT,
+}
+
+
 def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
     """What types cannot say, as far as no checkpoint has to be opened for it."""
-    faults = list(rule_faults(config.ttt))
-    for key, value in _positive(config):
-        numbers = value if isinstance(value, list) else [value]
-        if not numbers:
-            faults.append(Fault(key, value, "is empty"))
-        elif any(number is not None and number < 1 for number in numbers):
-            faults.append(Fault(key, value, "must be at least 1"))
+    faults = bound_faults(config, EVALUATION_BOUNDS)
+    # paths of data.path are looked at where they are opened
+    faults += [Fault(key, value, "is empty") for key, value in flat_values(config) if value == []]
     return faults
-
-
-def _positive(config: EvaluationConfig) -> Iterator[tuple[str, Any]]:
-    for section in ("parallel", "perplexity", "ruler", "needles", "speed", "health"):
-        for name, value in vars(getattr(config, section)).items():
-            counted = isinstance(value, int) or (
-                isinstance(value, list) and all(isinstance(item, int) for item in value)
-            )
-            if counted:
-                yield f"{section}.{name}", value
-    tasks = config.ruler.tasks
-    if tasks is not None and not tasks:
-        yield "ruler.tasks", tasks

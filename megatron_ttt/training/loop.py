@@ -108,8 +108,8 @@ class Trainer:
 def pretrain(config: Config) -> int:
     """Train as the configuration says; returns the process's exit status.
 
-    0: all steps done. 1: a checkpoint could not be saved. :data:`~.resilience.STOPPED`: asked to
-    stop, saved, to be started again.
+    0: all steps done. 1: a checkpoint could not be saved, or a loss is not finite.
+    :data:`~.resilience.STOPPED`: asked to stop, saved, to be started again.
 
     Raises:
         ConfigError: for mistakes that only show when the run starts (data, checkpoints).
@@ -130,7 +130,7 @@ def pretrain(config: Config) -> int:
         try:
             done = train(trainer, data, progress, reporter, saver, stop)
             saver.finish()
-        except SaveFailed as error:
+        except (SaveFailed, FloatingPointError) as error:
             Console(stderr=True, quiet=not ranks.is_first).print(str(error), **PLAIN)
             return 1
         if not done:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config, LoggingConfig, WandbMode
 
 Row = dict[str, float | int]
@@ -139,16 +140,20 @@ class Wandb:
         id_file = folder / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        self._run = wandb.init(
-            project=logging.wandb_project,
-            entity=logging.wandb_entity,
-            name=config["run"]["name"],
-            id=id_file.read_text(),
-            resume="allow",
-            mode=logging.wandb.value,
-            dir=str(folder),
-            config=config,
-        )
+        try:
+            self._run = wandb.init(
+                project=logging.wandb_project,
+                entity=logging.wandb_entity,
+                name=config["run"]["name"],
+                id=id_file.read_text(),
+                resume="allow",
+                mode=logging.wandb.value,
+                dir=str(folder),
+                config=config,
+            )
+        except wandb.Error as error:  # not logged in, no such project, no network
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError([Fault("logging.wandb", logging.wandb, reason)]) from error
 
     def write(self, row: Row) -> None:
         """Log the row at its step."""

@@ -1,0 +1,73 @@
+"""A mistake in the arguments of any program takes one line and exit status 2."""
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+
+NUMBERS = {
+    "benchmark fast-weight-layer": ["--hidden", "--tokens", "--chunk", "--repeats"],
+    "benchmark checkpoint": ["--hidden", "--layers", "--repeats"],
+    "benchmark scan": ["--ranks", "--state-mb", "--repeats"],
+    "benchmark decoding": ["--hidden", "--ffn", "--layers", "--chunk", "--batch", "--rounds"],
+    "convert_checkpoint import nowhere there": ["--seed", "--ttt-layers"],
+    "convert_checkpoint export nowhere there": ["--shard-gib"],
+    "generate nowhere --prompt x": [
+        "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop-token",
+        "parallel.tp=", "ttt.eta=", "ttt.chunk_size=", "ttt.decay=",
+    ],
+    "bake nowhere there --read x": ["--probe-tokens", "ttt.eta=", "ttt.clip.bound="],
+    "preprocess_data nowhere --output there": [
+        "--eod-id", "--pad-id", "--align", "--workers", "--shard-bytes",
+    ],
+    "plan model +model=tiny": ["--ranks"],
+    "plan scan +model=tiny": ["--tflops"],
+}  # fmt: skip
+EDGES = ["-1", "100000000000000000000", "nan", "x\ny", "", "1e400"]
+WORDS = [
+    ([], "the following arguments are required"),
+    (["--no-such-flag"], "--help lists the options"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # tools/convert_checkpoint.py hides the GPUs when it is imported
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+
+def status_of(program: str, words: list[str]) -> int:
+    try:
+        status: int = importlib.import_module(f"tools.{program}").main(words)
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+    return status
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"), [(command, flag) for command in NUMBERS for flag in NUMBERS[command]]
+)
+def test_numbers(command: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *words = command.split()
+    for value in EDGES:
+        given = [f"{flag}{value}"] if flag.endswith("=") else [f"{flag}={value}"]
+        assert status_of(program, [*words, *given]) == 2, value
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1 and captured.out == "", captured.err
+        assert len(captured.err) < 600
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("program", ["compare", "plan", "convert_checkpoint", "generate", "bake",
+                                     "preprocess_data", "benchmark"])  # fmt: skip
+@pytest.mark.parametrize(("words", "expected"), WORDS)
+def test_missing_arguments(
+    program: str, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(program, words) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert expected in captured.err and captured.out == ""
