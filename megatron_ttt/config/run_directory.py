@@ -17,6 +17,7 @@ CONFIG_FILE = "config.yaml"
 FREE_ON_RESUME = (
     "checkpoint",
     "data.cache_dir",
+    "data.changed",
     "data.workers",
     "logging",
     "model.attention",
@@ -66,8 +67,7 @@ def run_directory_faults(config: Config) -> list[Fault]:
                 f"its {CONFIG_FILE} cannot be read; choose another run.dir or run.name",
             )
         ]
-    current = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    assert isinstance(current, dict)
+    saved, current = with_defaults(saved), plain(config)
     keys = changed_keys(saved, current)
     if not keys:
         return []
@@ -77,6 +77,32 @@ def run_directory_faults(config: Config) -> list[Fault]:
     )
     message = f"holds another configuration ({differences}); choose another run.dir or run.name"
     return [Fault("run.dir", config.run.dir, message)]
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain containers, as ``config.yaml`` and manifests hold it."""
+    made = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    assert isinstance(made, dict)
+    return {str(key): value for key, value in made.items()}
+
+
+def with_defaults(saved: Mapping[Any, Any]) -> dict[str, Any]:
+    """A saved configuration with today's keys that it lacks at their defaults.
+
+    A key that was added since has a default that computes what was computed before it existed.
+    """
+    defaults = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
+    assert isinstance(defaults, dict)
+    return _over(defaults, saved)
+
+
+def _over(defaults: Mapping[Any, Any], saved: Mapping[Any, Any]) -> dict[str, Any]:
+    """``saved``, completed key by key, group by group."""
+    merged = {str(key): value for key, value in {**defaults, **saved}.items()}
+    for key, value in defaults.items():
+        if isinstance(value, Mapping) and isinstance(merged[key], Mapping):
+            merged[key] = _over(value, merged[key])
+    return merged
 
 
 def _is_free(key: str) -> bool:

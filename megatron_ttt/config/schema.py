@@ -117,6 +117,13 @@ class DataSource(Enum):
     python_stdlib = "python_stdlib"
 
 
+class ChangedData(Enum):
+    """What to do when a run would resume on other data: end, or go on at the same sample number."""
+
+    refuse = "refuse"
+    accept = "accept"
+
+
 class WandbMode(Enum):
     disabled = "disabled"
     offline = "offline"
@@ -194,6 +201,7 @@ class DataConfig:
     split: str = "99,1,0"  # train, validation, test shares of the documents
     cache_dir: str | None = None  # built indices and generated corpora; null: outputs/cache
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    changed: ChangedData = ChangedData.refuse  # a resume on other data than the checkpoint's
     reset_attention: bool = True  # attention does not cross document boundaries
     reset_positions: bool = False  # positions restart at each document
     reset_fast_weights: bool = True  # fast weights return to W0 at each document

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from megatron_ttt.config.schema import Config
 from megatron_ttt.data.datasets import BlendPart, build_samples, samples_in_split
 from megatron_ttt.data.rows import Batch, make_batch
-from megatron_ttt.data.sources import Source, cache_dir, open_source
+from megatron_ttt.data.sources import Source, cache_dir
 from megatron_ttt.data.tokenizers import TokenizerIdentity
 from megatron_ttt.data.workers import leave_with_parent_alone
 
@@ -106,29 +106,23 @@ class _Collate:
 
 def build_data(
     config: Config,
+    source: Source,
     *,
     dp_rank: int,
     dp_size: int,
     consumed_samples: int,
     train_samples: int,
     is_builder: bool,
-    barrier: Callable[[], None],
 ) -> DataStreams:
-    """Check the data, build or read the cached indices, and start reading at ``consumed_samples``.
+    """Build or read the cached indices, and start reading at ``consumed_samples``.
 
-    Every rank calls this at the same point. ``is_builder`` is true on global rank 0 alone, which
-    writes the cache; ``barrier`` waits for all ranks (``lambda: None`` for one process).
+    Every rank calls this at the same point. ``is_builder`` is true on global rank 0 alone.
 
-    :param train_samples: samples of the whole run, ``train.steps * train.global_batch_size``.
+    :param source: the checked data of ``config``.
+    :param train_samples: samples of the whole run, those that were consumed already included.
     :raises ValueError: in one line, whatever is wrong with the data or the numbers.
     """
     train = config.train
-    source = open_source(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        is_builder=is_builder,
-        barrier=barrier,
-    )
     make_loader = _LoaderFactory(config, source, dp_rank=dp_rank, dp_size=dp_size)
     validates = config.validation.interval is not None
     validation_samples = config.validation.batches * train.global_batch_size if validates else 0

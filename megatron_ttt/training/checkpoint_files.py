@@ -15,8 +15,10 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+
+from megatron_ttt.training.progress import Progress
 
 MANIFEST = "manifest.json"
 CHECKPOINTS = "checkpoints"  # in a run's folder
@@ -26,23 +28,6 @@ DAMAGED = ".damaged"
 SUPERSEDED = ".superseded"
 _RECORDS = "records_*.json"
 _READ_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stood when the checkpoint was taken.
-
-    Attributes:
-        step: steps done.
-        consumed_samples: rows of the training stream used, the data position.
-        consumed_tokens: tokens of those rows.
-        metrics_bytes: length of ``metrics.jsonl``.
-    """
-
-    step: int
-    consumed_samples: int
-    consumed_tokens: int
-    metrics_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +62,11 @@ def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The inverse, for a visible checkpoint."""
+    return int(folder.name[5:])
+
+
 def checkpoint_folder(path: Path) -> Path:
     """What a user means by a run's folder or its ``latest``: the newest checkpoint; else ``path``.
 
@@ -102,7 +92,7 @@ def complete_folders(root: Path) -> list[Path]:
     """Visible checkpoints, newest first."""
     return sorted(
         (path for path in root.glob("step_*") if path.name[5:].isdigit()),
-        key=lambda path: int(path.name[5:]),
+        key=step_of,
         reverse=True,
     )
 
@@ -171,26 +161,29 @@ def read_manifest(folder: Path) -> Manifest:
         document = json.loads(path.read_text())
         claimed = document.pop("sha256")
         manifest = Manifest(
-            Progress(**document["progress"]),
-            document["facts"],
-            {name: FileRecord(**record) for name, record in document["files"].items()},
+            Progress.read(document["progress"]),
+            dict(document["facts"]),
+            {_inside(name): _file_record(**record) for name, record in document["files"].items()},
         )
     except FileNotFoundError as error:
         raise DamagedCheckpoint(f"{path} is missing") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} is unreadable ({error})") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedCheckpoint(f"{path} is unreadable ({reason})") from error
     if claimed != _digest_of(document):
         raise DamagedCheckpoint(f"{path} does not match its own checksum")
     for name, record in manifest.files.items():
         file = folder / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size if file.is_file() else None
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise DamagedCheckpoint(f"{file} cannot be read ({error.strerror})") from error
+        if size is None:
             raise DamagedCheckpoint(f"{file} is missing")
-        if file.stat().st_size != record.bytes:
-            raise DamagedCheckpoint(
-                f"{file} has {file.stat().st_size} bytes instead of {record.bytes}"
-            )
+        if size != record.bytes:
+            raise DamagedCheckpoint(f"{file} has {size} bytes instead of {record.bytes}")
     return manifest
 
 
@@ -229,7 +222,7 @@ def remove_surplus(root: Path, *, keep_last: int | None, keep_every: int | None)
         return []
     removed = []
     for path in complete_folders(root)[keep_last:]:
-        if keep_every is not None and int(path.name[5:]) % keep_every == 0:
+        if keep_every is not None and step_of(path) % keep_every == 0:
             continue
         _hide_and_remove(path)
         removed.append(path)
@@ -252,6 +245,20 @@ def _hide_and_remove(folder: Path) -> None:
         shutil.rmtree(hidden)
     folder.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def _inside(name: str) -> str:
+    """A name of a file inside the folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable():
+        raise ValueError(f"{name!r} names no file inside the folder")
+    return name
+
+
+def _file_record(bytes: object, sha256: object) -> FileRecord:
+    if type(bytes) is not int or bytes < 0 or not isinstance(sha256, str):
+        raise ValueError(f"a file of {bytes!r} bytes with the checksum {sha256!r}")
+    return FileRecord(bytes, sha256)
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -3,7 +3,7 @@
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,23 +17,27 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from megatron_ttt.config.derived import micro_batches, ttt_layers, warmup_steps
+from megatron_ttt.config.derived import micro_batches, ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.run_directory import CONFIG_FILE
+from megatron_ttt.config.run_directory import CONFIG_FILE, plain
 from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transformer_config
 from megatron_ttt.data.batches import DataStreams, build_data
+from megatron_ttt.data.fingerprint import fingerprint
+from megatron_ttt.data.sources import Source, open_source
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.training import resilience
 from megatron_ttt.training.checkpoint import TrainingState
-from megatron_ttt.training.checkpoint_files import Progress, sync_file
+from megatron_ttt.training.checkpoint_files import sync_file
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, distributed
 from megatron_ttt.training.flops import training_flops
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
-from megatron_ttt.training.resilience import STOPPED, StopRequest
+from megatron_ttt.training.progress import Progress
+from megatron_ttt.training.resilience import STOPPED, StopRequest, on_first_rank
 from megatron_ttt.training.resume import start
+from megatron_ttt.training.schedule import lr_schedule
 from megatron_ttt.training.step import (
     ForwardStep,
     LossSum,
@@ -70,6 +74,11 @@ class Trainer:
     def state(self) -> TrainingState:
         """What checkpoints hold."""
         return TrainingState(self.model, self.optimizer, self.scheduler)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def train_step(self, data: Any) -> tuple[LossSum, float, Observations]:
         """One optimizer step over a global batch: (loss, gradient norm, observations)."""
@@ -120,13 +129,15 @@ def pretrain(config: Config) -> int:
         ranks = stack.enter_context(distributed(config))
         console = Console(quiet=not ranks.is_first)
         trainer = build_trainer(config, ranks)
-        progress = start(config, trainer.state, ranks, partial(console.print, **PLAIN))
-        data = open_data(config, ranks, progress)
+        source, identity = open_corpus(config, ranks)
+        report = partial(console.print, **PLAIN)
+        progress = start(config, trainer.state, ranks, report, data=identity)
+        data = open_data(config, source, ranks, progress)
         reporter = None
         if ranks.is_first:  # nothing is written before everything that can be refused has passed
             reporter = open_reporter(config, progress, console)
             stack.callback(reporter.close)
-        saver = build_saver(trainer, console)
+        saver = build_saver(trainer, console, data=identity)
         try:
             done = train(trainer, data, progress, reporter, saver, stop)
             saver.finish()
@@ -150,8 +161,8 @@ def open_reporter(config: Config, progress: Progress, console: Console) -> Repor
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(OmegaConf.create(_as_dict(config)), folder / CONFIG_FILE)
-        reporter = Reporter(config, _as_dict(config), console, done=progress.step)
+        OmegaConf.save(OmegaConf.create(plain(config)), folder / CONFIG_FILE)
+        reporter = Reporter(config, plain(config), console, done=progress.step)
         reporter.file.cut_to(progress.metrics_bytes)
     except OSError as error:
         message = f"cannot be written to ({resilience.reason(error)})"
@@ -159,8 +170,8 @@ def open_reporter(config: Config, progress: Progress, console: Console) -> Repor
     return reporter
 
 
-def build_saver(trainer: Trainer, console: Console) -> CheckpointSaver:
-    """Saves this run's checkpoints as the configuration says."""
+def build_saver(trainer: Trainer, console: Console, *, data: dict[str, Any]) -> CheckpointSaver:
+    """Saves this run's checkpoints as the configuration says; ``data`` identifies its texts."""
     config, settings = trainer.config, trainer.config.checkpoint
     return CheckpointSaver(
         Path(config.run.dir) / "checkpoints",
@@ -168,7 +179,8 @@ def build_saver(trainer: Trainer, console: Console) -> CheckpointSaver:
         ranks=trainer.ranks,
         mode=SaveMode.ASYNCHRONOUS if settings.async_save else SaveMode.SYNCHRONOUS,
         facts={
-            "config": _as_dict(config),
+            "config": plain(config),
+            "data": data,
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
         },
         retention=Retention(settings.keep_last, settings.keep_every),
@@ -176,21 +188,41 @@ def build_saver(trainer: Trainer, console: Console) -> CheckpointSaver:
     )
 
 
-def open_data(config: Config, ranks: Ranks, progress: Progress) -> DataStreams:
-    """The corpus, read from where the run stands.
+def open_corpus(config: Config, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
+    """The checked data, and what tells it from other data.
 
     Raises:
         ConfigError: whatever is wrong with the data, in one line.
     """
     try:
+        source = open_source(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            is_builder=ranks.is_first,
+            barrier=dist.barrier,
+        )
+        return source, on_first_rank(ranks, lambda: fingerprint(source))
+    except (ValueError, OSError) as error:
+        fault = Fault("data.path", config.data.path, str(error))
+        raise ConfigError([fault]) from error
+
+
+def open_data(config: Config, source: Source, ranks: Ranks, progress: Progress) -> DataStreams:
+    """The samples, read from where the run stands.
+
+    Raises:
+        ConfigError: whatever is wrong with the data, in one line.
+    """
+    train = config.train
+    try:
         return build_data(
             config,
+            source,
             dp_rank=ranks.data_rank,
             dp_size=ranks.data_size,
             consumed_samples=progress.consumed_samples,
-            train_samples=config.train.steps * config.train.global_batch_size,
+            train_samples=progress.samples_at(train.steps, train.global_batch_size),
             is_builder=ranks.is_first,
-            barrier=dist.barrier,
         )
     except ValueError as error:
         raise ConfigError([Fault("data.path", config.data.path, str(error))]) from error
@@ -216,26 +248,6 @@ def build_trainer(config: Config, ranks: Ranks) -> Trainer:
     )
 
 
-def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """Warm-up and decay, counted in samples so that a batch size is no unit of time."""
-    settings, batch = config.optimizer, config.train.global_batch_size
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.min_lr,
-        lr_warmup_steps=warmup_steps(config) * batch,
-        lr_decay_steps=config.train.steps * batch,
-        lr_decay_style=settings.schedule.value,
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=config.train.steps * batch,
-        wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
-    )
-
-
 def train(
     trainer: Trainer,
     data: DataStreams,
@@ -250,17 +262,19 @@ def train(
         Whether all steps are done. Either way the last one is saved, or being saved.
     """
     config = trainer.config
-    batch = config.train.global_batch_size
     for step in range(progress.step + 1, config.train.steps + 1):
-        began = time.monotonic()
+        began, lr = time.monotonic(), trainer.lr
         loss, grad_norm, observations = trainer.train_step(data.train_iterator)
         check_finite(loss.mean, grad_norm, step)
+        progress = progress.after_step(
+            config.train.global_batch_size, seq_length=config.train.seq_length
+        )
         row: Row = {
             "step": step,
             "loss": loss.mean,
             "grad_norm": grad_norm,
-            "lr": trainer.optimizer.param_groups[0]["lr"],
-            "consumed_tokens": step * batch * config.train.seq_length,
+            "lr": lr,
+            "consumed_tokens": progress.consumed_tokens,
             **_health(trainer, observations),
             **_speed(trainer, observations, time.monotonic() - began),
         }
@@ -275,14 +289,8 @@ def train(
         interval = config.checkpoint.interval
         due = interval is not None and step % interval == 0
         if due or stopping or step == config.train.steps:
-            saver.save(
-                Progress(
-                    step=step,
-                    consumed_samples=step * batch,
-                    consumed_tokens=step * batch * config.train.seq_length,
-                    metrics_bytes=sync_file(reporter.file.path) if reporter is not None else 0,
-                )
-            )
+            written = sync_file(reporter.file.path) if reporter is not None else 0
+            saver.save(replace(progress, metrics_bytes=written))
         if stopping:
             return False
     return True
@@ -359,9 +367,3 @@ def _peak_memory(ranks: Ranks) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _as_dict(config: Config) -> dict[str, Any]:
-    plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}

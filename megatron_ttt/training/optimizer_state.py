@@ -8,6 +8,8 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+_NOT_SETTINGS = ("params", "step")  # what loading is for
+
 
 def prime_adam(optimizer: MegatronOptimizer) -> None:
     """Give torch's AdamW the state it creates in its first step, so that there is one to load."""
@@ -22,10 +24,17 @@ def prime_adam(optimizer: MegatronOptimizer) -> None:
 
 
 def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """``optimizer.load_state_dict`` with a ``step`` of its own for every parameter."""
+    """``optimizer.load_state_dict`` with a ``step`` of its own for every parameter.
+
+    Settings of parameter groups (learning rates, betas) stay those of this run's configuration.
+    """
+    settings = {_key(group): dict(group) for group in _groups(optimizer)}
     with _step_left_alone(optimizer):
         optimizer.load_state_dict(state)
     _separate_steps(optimizer)
+    for group in _groups(optimizer):
+        own = settings[_key(group)]
+        group.update({name: own[name] for name in own if name not in _NOT_SETTINGS})
 
 
 def adam_steps(optimizer: MegatronOptimizer) -> set[float]:
@@ -36,6 +45,16 @@ def adam_steps(optimizer: MegatronOptimizer) -> set[float]:
         for state in part.optimizer.state.values()
         if "step" in state
     }
+
+
+def _groups(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
+    for part in _parts(optimizer):
+        yield from part.optimizer.param_groups
+
+
+def _key(group: dict[str, Any]) -> tuple[int, ...]:
+    """Loading makes new groups of the same parameters."""
+    return tuple(id(parameter) for parameter in group["params"])
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:

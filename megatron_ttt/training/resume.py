@@ -1,7 +1,9 @@
 """Where a run begins: at its own newest checkpoint, at one that was named, or at step 0."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config
@@ -9,30 +11,43 @@ from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.manifest import HF_SCHEME, check_imported
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training import checkpoint_files as files
+from megatron_ttt.training.changes import check_changes
 from megatron_ttt.training.checkpoint import Found, TrainingState
-from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.distributed import Ranks
+from megatron_ttt.training.progress import BEGINNING, Progress
 from megatron_ttt.training.resilience import agree, on_first_rank
-
-BEGINNING = Progress(step=0, consumed_samples=0, consumed_tokens=0, metrics_bytes=0)
+from megatron_ttt.training.schedule import fit_schedule
 
 
 def start(
-    config: Config, state: TrainingState, ranks: Ranks, report: Callable[[str], None]
+    config: Config,
+    state: TrainingState,
+    ranks: Ranks,
+    report: Callable[[str], None],
+    *,
+    data: dict[str, Any],
 ) -> Progress:
     """Resume, start from given weights, or start from nothing.
 
+    Args:
+        data: fingerprint of the run's data.
+
     Raises:
-        ConfigError: no checkpoint is good, or one that was named is damaged or holds another model.
+        ConfigError: no checkpoint is good, or one that was named is damaged or holds another model,
+            or the data is not what the checkpoint was made with.
     """
     found = _found(config, ranks, report)
     if found is not None:
+        check_changes(found, config, data, report)
+        _set_later_aside(found, Path(config.run.dir) / files.CHECKPOINTS, ranks, report)
         try:
             checkpoint.load(found, state, ranks=ranks, seed=config.train.seed)
         except checkpoint.UnfitCheckpoint as error:
             raise _fault("run.resume", config.run.resume, error) from error
         report(f"resumed from {found.folder} at step {found.progress.step}")
-        return found.progress
+        progress = _counted(found, state.scheduler.num_steps, report)
+        fit_schedule(state.scheduler, config, progress)
+        return progress
     if config.checkpoint.load is not None:
         place = config.checkpoint.load
         if place.startswith(HF_SCHEME):
@@ -41,6 +56,22 @@ def start(
         else:
             _load_weights(place, config, state, ranks, report)
     return BEGINNING
+
+
+def _counted(found: Found, samples: int, report: Callable[[str], None]) -> Progress:
+    """Where the run stands, by the schedule's count of samples where the manifest's differs.
+
+    Older versions took step times batch for the samples, which is wrong after a change of batch.
+    """
+    progress = found.progress
+    if samples == progress.consumed_samples:
+        return progress
+    report(
+        f"{found.folder} notes {progress.consumed_samples} samples, but its schedule counted"
+        f" {samples}: going on at sample {samples}"
+    )
+    row = progress.consumed_tokens // max(progress.consumed_samples, 1)
+    return replace(progress, consumed_samples=samples, consumed_tokens=samples * row, batches=())
 
 
 def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found | None:
@@ -60,8 +91,7 @@ def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found
     if found is None:
         return None
     if found.folder.parent.resolve() != root.resolve():  # its metrics are elsewhere
-        progress = Progress(**{**vars(found.progress), "metrics_bytes": 0})
-        return Found(found.folder, progress, found.facts)
+        return replace(found, progress=replace(found.progress, metrics_bytes=0))
     metrics = folder / "metrics.jsonl"
     present = on_first_rank(ranks, lambda: files.sync_file(metrics))
     if present < found.progress.metrics_bytes:
@@ -78,7 +108,7 @@ def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found
 def _named(folder: Path, root: Path, ranks: Ranks, report: Callable[[str], None]) -> Found | None:
     """A checkpoint that was named; its place decides what that means.
 
-    One of this run's own goes back to it: later ones are set aside. Another run's is a beginning,
+    One of this run's own: the run goes back to it. Another run's is a beginning,
     which counts only until this run has a checkpoint of its own, so that a requeued job goes on.
     """
     if folder.parent.resolve() != root.resolve():
@@ -86,18 +116,23 @@ def _named(folder: Path, root: Path, ranks: Ranks, report: Callable[[str], None]
         if own is not None:
             return own
     try:
-        found = checkpoint.verified(folder, ranks)
+        return checkpoint.verified(folder, ranks)
     except checkpoint.DamagedCheckpoint as error:
         raise _fault("run.resume", str(folder), error) from error
 
-    def set_later_aside() -> list[str]:
-        later = [path for path in files.complete_folders(root) if path.name > folder.name]
+
+def _set_later_aside(found: Found, root: Path, ranks: Ranks, report: Callable[[str], None]) -> None:
+    """A run that goes back to one of its own checkpoints keeps the later ones, out of the way."""
+    if found.folder.parent.resolve() != root.resolve():
+        return
+
+    def set_aside() -> list[str]:
+        done, folders = found.progress.step, files.complete_folders(root)
+        later = [path for path in folders if files.step_of(path) > done]
         return [files.set_aside(path, files.SUPERSEDED).name for path in later]
 
-    if folder.parent.resolve() == root.resolve():
-        for name in on_first_rank(ranks, set_later_aside):
-            report(f"going back to {folder.name}: a later checkpoint is kept as {name}")
-    return found
+    for name in on_first_rank(ranks, set_aside):
+        report(f"going back to {found.folder.name}: a later checkpoint is kept as {name}")
 
 
 def _load_safetensors(folder: Path, config: Config, state: TrainingState, ranks: Ranks) -> None:

@@ -13,6 +13,7 @@ def read(rank: int, ranks: int, folder: str, paths: object) -> dict[int, list[in
     """Every rank a data-parallel rank; its samples by number."""
     from megatron_ttt.config.schema import Config, TokenizerKind
     from megatron_ttt.data.batches import build_data
+    from megatron_ttt.data.sources import open_source
 
     config = Config()
     config.model.vocab_size = 258
@@ -21,14 +22,15 @@ def read(rank: int, ranks: int, folder: str, paths: object) -> dict[int, list[in
     config.train.seq_length, config.train.global_batch_size = 16, 8
     config.validation.interval, config.validation.batches = 5, 1
     config.data.split = "70,30,0"
+    source = open_source(config.data, vocab_size=258, is_builder=rank == 0, barrier=dist.barrier)
     streams = build_data(
         config,
+        source,
         dp_rank=rank,
         dp_size=ranks,
         consumed_samples=8,
         train_samples=72,
         is_builder=rank == 0,
-        barrier=dist.barrier,
     )
     assert streams.validation_iterator is not None
     validation = [n for b in streams.validation_iterator() for n in b.sample_ids_B.tolist()]

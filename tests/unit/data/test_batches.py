@@ -10,6 +10,7 @@ from megatron_ttt.config.schema import Config, DataSource, TokenizerKind
 from megatron_ttt.data.batches import Batch, DataStreams, MicroBatchSampler, build_data
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, preprocess
+from megatron_ttt.data.sources import open_source
 from tests.unit.data.helpers import make_text, write_dataset
 
 SEQ = 16
@@ -38,7 +39,10 @@ def config(tmp_path: Path, path: Any, **data: Any) -> Config:
 
 def build(made: Config, **numbers: int) -> DataStreams:
     given = {"dp_rank": 0, "dp_size": 1, "consumed_samples": 0, "train_samples": 40} | numbers
-    return build_data(made, is_builder=True, barrier=lambda: None, **given)
+    source = open_source(
+        made.data, vocab_size=made.model.vocab_size, is_builder=True, barrier=lambda: None
+    )
+    return build_data(made, source, is_builder=True, **given)
 
 
 def texts(batches: Any) -> dict[int, list[int]]:

@@ -1,0 +1,44 @@
+"""The learning rate over a run, counted in samples: a batch size is no unit of time."""
+
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ttt.config.derived import warmup_steps
+from megatron_ttt.config.schema import Config
+from megatron_ttt.training.progress import BEGINNING, Progress
+
+
+def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Warm-up and decay of a run that begins."""
+    settings = config.optimizer
+    warmup, end = _bounds(config, BEGINNING)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=end,
+        lr_decay_style=settings.schedule.value,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=end,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+
+
+def fit_schedule(scheduler: OptimizerParamScheduler, config: Config, progress: Progress) -> None:
+    """Let warm-up and decay end where their steps end for a run that goes on from ``progress``."""
+    scheduler.lr_warmup_steps, scheduler.lr_decay_steps = _bounds(config, progress)
+    scheduler.wd_incr_steps = scheduler.lr_decay_steps
+    scheduler.num_steps = progress.consumed_samples
+    scheduler.step(0)
+
+
+def _bounds(config: Config, progress: Progress) -> tuple[int, int]:
+    """Samples after which warm-up and decay end."""
+    batch = config.train.global_batch_size
+    warmup = progress.samples_at(warmup_steps(config), batch)
+    return warmup, progress.samples_at(config.train.steps, batch)
