@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint format bench draw clean
+.PHONY: help setup setup-gpu demo test test-quick lint format bench draw clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,10 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev,eval,hf]'; \
 	touch $@; echo "   $$(( $$(date +%s) - start )) s"
+
+setup-gpu: setup ## Transformer Engine as well, built against this environment's torch
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[gpu-build]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS) --no-build-isolation -e '.[gpu]'
 
 # Each step of the checks prints its name and its seconds.
 define step

@@ -165,3 +165,24 @@ def test_pins_satisfy_the_project(version: str) -> None:
         assert name in canonical, f"{line} is not pinned for Python {version}"
         assert requirement.specifier.contains(canonical[name]), f"{line}: pinned {canonical[name]}"
     assert not any("+" in pin for pin in pins.values())
+
+
+def test_transformer_engine_is_built_against_the_torch_that_is_there() -> None:
+    """Its extension links to torch: what it is built with comes first, then a build in place."""
+    says = subprocess.run(
+        ["make", "--dry-run", "setup-gpu"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    installs = [line for line in says.splitlines() if "[gpu" in line]
+    assert len(installs) == 2
+    tools, extension = installs
+    assert "'.[gpu-build]'" in tools
+    assert "'.[gpu]'" in extension and "--no-build-isolation" in extension
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert "nvidia-cudnn-frontend>=1.29" in extras["gpu-build"]
+    assert any(need.startswith("wheel") for need in extras["gpu-build"])
+    for path in tracked(".md", ".sh", ".sbatch", ".yaml", ".toml"):
+        for line in path.read_text().splitlines():
+            if "pip install" in line and "[gpu]" in line:
+                assert "--no-build-isolation" in line, f"{path.relative_to(ROOT)}: {line}"

@@ -8,6 +8,7 @@ python tools/benchmark.py scan --ranks 8 --write-constants constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan --state-mb 200
 python tools/benchmark.py decoding --batch 1 4
 python tools/benchmark.py checkpoint --hidden 1024 --layers 12 --folder /scratch
+python tools/benchmark.py counted-step data.reset_attention=false
 """
 
 import argparse
@@ -200,6 +201,40 @@ def run_scan(arguments: argparse.Namespace) -> int:
     return scan_ranks.run(scan_ranks.ScanArguments(**options))
 
 
+def add_counted_step(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    """Forward and backward of a real model on meta tensors: what a GPU would be asked for."""
+    parser = commands.add_parser(
+        "counted-step",
+        help="kernels, bytes, FLOPs, waits and memory kept by one micro-batch, without a GPU",
+    )
+    add = parser.add_argument
+    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
+    add("--model", default="qwen3_4b", help="of configs/model (default: qwen3_4b)")
+    add("--documents", type=int, default=1, help="in each row, equally long (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
+    parser.set_defaults(run=run_counted_step)
+
+
+def run_counted_step(arguments: argparse.Namespace) -> int:
+    """Counts and prints."""
+    from megatron_ttt.benchmarks import counted_step as benchmark
+    from megatron_ttt.config.load import load_config
+
+    words = [f"+model={arguments.model}", "run.dry_run=true", "train.precision=bf16"]
+    words += arguments.overrides
+    config = load_config(words)
+    if not 1 <= arguments.documents <= config.train.seq_length:
+        raise ValueError(
+            f"--documents {arguments.documents}: a row has {config.train.seq_length} tokens"
+        )
+    counted = benchmark.measure(config, documents=arguments.documents)
+    benchmark.report(counted, Console(width=140))
+    if arguments.json:
+        record = benchmark.as_record(counted, words, arguments.documents)
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
     parser = OneLineParser(
@@ -211,6 +246,7 @@ def main(argv: list[str]) -> int:
     add_conversion(commands)
     add_scan(commands)
     add_decoding(commands)
+    add_counted_step(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)

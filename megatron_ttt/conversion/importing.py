@@ -59,7 +59,7 @@ def import_checkpoint(
             report(tensor.megatron, tensor.bytes(dtype))
         for file in [view.folder.path / CONFIG, *companions(view.folder.path)]:
             folder.copy(file, f"{ORIGIN}/{file.name}")
-        writer.complete(layers=view.model.layers, content=CONTENT, facts=facts)
+        writer.complete(content=CONTENT, facts=facts)
         if before_publish is not None:
             before_publish(folder.path)
         folder.publish()

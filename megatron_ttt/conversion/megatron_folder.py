@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -41,13 +40,6 @@ MANIFEST = "manifest.json"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
 LATEST = "latest"  # beside a run's checkpoints: names the newest
-# Of Megatron's own modules; all empty, but looked for when a checkpoint is loaded.
-_EXTRA_STATES = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
 
 
 def row_blocks(shape: Sequence[int], dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int]]:
@@ -105,15 +97,13 @@ class CheckpointWriter:
         self.tensors[name] = TensorStorageMetadata(properties, torch.Size(shape), chunks)
         return fresh
 
-    def complete(self, *, layers: int, content: dict[str, Any], facts: dict[str, Any]) -> None:
+    def complete(self, *, content: dict[str, Any], facts: dict[str, Any]) -> None:
         """Write what belongs to the checkpoint as a whole.
 
         Args:
-            layers: of the model.
             content: Megatron's ``content_metadata``: how the weights were laid out.
             facts: for ``manifest.json``.
         """
-        self._add_extra_states(layers)
         writer = FileSystemWriter(self.folder.path)
         writer.finish(Metadata(self.tensors), [self.results])
         self.folder.finish(METADATA)
@@ -133,20 +123,6 @@ class CheckpointWriter:
         text = json.dumps(manifest, sort_keys=True)
         manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
         self.folder.write_text(MANIFEST, json.dumps(manifest, indent=1))
-
-    def _add_extra_states(self, layers: int) -> None:
-        buffer = io.BytesIO()
-        torch.save([None], buffer)
-        file = "__extra_0.distcp"
-        with (self.folder.path / file).open("wb") as stream:
-            for layer in range(layers):
-                for module in _EXTRA_STATES:
-                    name = f"decoder.layers.{layer}.{module}._extra_state/shard_0_1"
-                    info = _StorageInfo(file, stream.tell(), buffer.getbuffer().nbytes)
-                    stream.write(buffer.getbuffer())
-                    self.tensors[name] = BytesStorageMetadata()
-                    self.results.append(WriteResult(MetadataIndex(name), info.length, info))
-        self.folder.finish(file)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def choose_accumulator(state: Tensor, operand: Tensor) -> Accumulator:
     """The one place that decides how ``accumulate_product`` multiplies."""
     if operand.dtype == state.dtype:
         return Accumulator.SAME_DTYPE
-    if operand.is_cuda and state.dtype == torch.float32:
+    if not operand.is_cpu and state.dtype == torch.float32:
         if _apex_gemm() is not None:
             return Accumulator.APEX
         if _torch_has_wide_output():
@@ -81,7 +81,7 @@ def accumulate_product(
 def wide_product(left_BMK: Tensor, right_BKN: Tensor) -> Tensor:
     """``left @ right`` with the result in the state's dtype (see ``state_dtype``)."""
     dtype = state_dtype(left_BMK.dtype)
-    if left_BMK.is_cuda and left_BMK.dtype != dtype and _torch_has_wide_output():
+    if not left_BMK.is_cpu and left_BMK.dtype != dtype and _torch_has_wide_output():
         return torch.bmm(left_BMK, right_BKN, out_dtype=dtype)
     return torch.bmm(left_BMK.to(dtype), right_BKN.to(dtype))
 

@@ -24,6 +24,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from megatron_ttt.fast_weights.upload import upload
+
 
 @dataclass(frozen=True)
 class Block:
@@ -200,11 +202,11 @@ def plan_chunks(
     blocks = _group_blocks(first_BN, writes_BNC, keeps_BN, length=length)
     return ChunkPlan(
         chunk_size=chunk_size,
-        reads_carry_BT=reads_BNC.flatten(1)[:, :length].to(device),
-        writes_BT=writes_BNC.flatten(1)[:, :length].to(device),
-        keeps_BN=keeps_BN.to(device),
-        segments_BT=(starts_BT | on_edge_T).cumsum(dim=1).to(device),
-        padding_BT=padding_cpu_BT.to(device) if bool(padding_cpu_BT.any()) else None,
+        reads_carry_BT=upload(reads_BNC.flatten(1)[:, :length], device),
+        writes_BT=upload(writes_BNC.flatten(1)[:, :length], device),
+        keeps_BN=upload(keeps_BN, device),
+        segments_BT=upload((starts_BT | on_edge_T).cumsum(dim=1), device),
+        padding_BT=upload(padding_cpu_BT, device) if bool(padding_cpu_BT.any()) else None,
         blocks=blocks,
         splits_chunks=bool((starts_BT & ~on_edge_T).any()),
     )

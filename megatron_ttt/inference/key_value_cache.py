@@ -3,7 +3,7 @@
 Padding takes no place: a row's ``n``-th real token lies at place ``n``, whatever the other rows
 hold, so that rows of different lengths need no mask of holes.
 
-Shape suffixes: B batch rows, T tokens of a call, Q queries of a block, S places, A heads, G
+Shape suffixes: B batch rows, T tokens of a call, S places, A heads, G
 key/value groups, E head dim.
 """
 
@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ttt.inference.token_runs import TokenRuns
+from megatron_ttt.model.windowed_attention import causal_attention
 
-QUERY_BLOCK = 512
 _GROWTH = 256  # places; the buffer doubles beyond it
 
 
@@ -47,42 +46,33 @@ class KeyValueCache:
         are, one range after another; None: all of them.
         """
         self._append(key_BTGE, value_BTGE, runs)
-        # Where the rows stand alike, one mask serves all, and one token needs none.
-        alike = len(set(zip(self.places, runs.first, runs.count, strict=True))) == 1
+        assert self.keys_BSGE is not None and self.values_BSGE is not None
+        longest = max(self.places)
+        keys, values = (
+            held[:, :longest].transpose(1, 2) for held in (self.keys_BSGE, self.values_BSGE)
+        )
         starts = [
             place - count - first
             for place, count, first in zip(self.places, runs.count, runs.first, strict=True)
         ]
-        starts_B = torch.tensor(starts[:1] if alike else starts)
+        # Where the rows stand alike, one mask serves all.
+        if len(set(zip(self.places, runs.first, runs.count, strict=True))) == 1:
+            starts = starts[:1]
+        query = query_BTAE.transpose(1, 2)
         outputs, offset = [], 0
-        for start, end in ranges or [(0, runs.length)]:
-            for first in range(start, end, QUERY_BLOCK):
-                places_BQ = starts_B[:, None] + torch.arange(first, min(first + QUERY_BLOCK, end))
-                queries = slice(offset, offset + places_BQ.shape[1])
-                offset = queries.stop
-                outputs.append(
-                    self._block(query_BTAE[:, queries], places_BQ, window=window, scale=scale)
+        for begin, end in ranges or [(0, runs.length)]:
+            outputs.append(
+                causal_attention(
+                    query[:, :, offset : offset + end - begin],
+                    keys,
+                    values,
+                    first=[start + begin for start in starts],
+                    window=window,
+                    scale=scale,
                 )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-
-    def _block(
-        self, query_BQAE: Tensor, places_BQ: Tensor, *, window: int | None, scale: float
-    ) -> Tensor:
-        """Some queries (at equal places in all rows where ``places_BQ`` has one row)."""
-        assert self.keys_BSGE is not None and self.values_BSGE is not None
-        high = min(int(places_BQ.max()) + 1, max(self.places))
-        low = 0 if window is None else max(0, int(places_BQ.min()) - window + 1)
-        mask = None
-        if places_BQ.numel() > 1:
-            mask = _visible(places_BQ, low, high, window).to(query_BQAE.device)
-        attended = F.scaled_dot_product_attention(
-            query_BQAE.transpose(1, 2),
-            self.keys_BSGE[:, low:high].transpose(1, 2),
-            self.values_BSGE[:, low:high].transpose(1, 2),
-            attn_mask=mask,
-            scale=scale,
-            enable_gqa=query_BQAE.shape[2] != self.keys_BSGE.shape[2],
-        )
+            )
+            offset += end - begin
+        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return attended.transpose(1, 2)
 
     def select(self, rows: Sequence[int]) -> None:
@@ -140,12 +130,3 @@ class KeyValueCache:
                 grown[:, : held.shape[1]] = held
             new.append(grown)
         self.keys_BSGE, self.values_BSGE = new
-
-
-def _visible(places_BQ: Tensor, low: int, high: int, window: int | None) -> Tensor:
-    """``[B, 1, Q, high - low]`` bool: which places ``low <= s < high`` each query sees."""
-    distance = places_BQ[:, :, None] - torch.arange(low, high)
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    return mask[:, None]

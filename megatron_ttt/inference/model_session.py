@@ -340,12 +340,10 @@ class ModelSession:
         self._runs = TokenRuns((0,) * self.batch, count, length)
         self._wanted = logits
         positions = torch.tensor(self.places)[:, None] + torch.arange(length)
-        # Megatron cuts a table of angles, which nothing reads, into two parts a cp rank.
-        table = -(-length // (2 * self.cp_group.size())) * 2 * self.cp_group.size()
         layout = SequenceLayout(
             qkv_format="sbhd",
-            max_seqlen_q=table,
-            max_seqlen_kv=table,
+            max_seqlen_q=length,
+            max_seqlen_kv=length,
             length=length,
             ranges=[(0, length)],
             positions=positions.to(self.device),

@@ -1,20 +1,15 @@
 """Scaled-dot-product attention on any device: causal, windowed, by document, across CP ranks.
 
 The ``torch`` backend's core attention. Keys and values are gathered over the context-parallel
-group (grouped queries keep them small); queries stay where they are and are worked off in blocks,
-each against only the keys it can see, so a sliding window costs what it should and no mask is ever
-as large as the sequence squared.
+group (grouped queries keep them small); queries stay where they are, see ``windowed_attention.py``.
 
-Shape letters: B batch rows, T tokens of a whole row, L tokens of this rank, Q queries of a block,
-K keys of a block, A heads, G key/value groups, E head dim.
+Shape letters: B batch rows, L tokens of this rank, A heads, G key/value groups, E head dim.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -22,47 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.windowed_attention import causal_attention
 from megatron_ttt.parallel.collectives import gather_sequences
-
-LARGEST_BLOCK, SMALLEST_BLOCK = 512, 64
-
-
-def block_size(window: int | None) -> int:
-    """Queries worked off together: about a window, of which a block then wastes at most half."""
-    if window is None:
-        return LARGEST_BLOCK
-    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, window))
-
-
-def blocks(start: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut the token range ``[start, end)`` into blocks of at most ``size``."""
-    for first in range(start, end, size):
-        yield first, min(first + size, end)
-
-
-def visible(
-    queries: tuple[int, int], keys: tuple[int, int], window: int | None, documents: Tensor | None
-) -> Tensor:
-    """Which keys each query sees: ``[B or 1, 1, Q, K]`` bool.
-
-    A query at global position p sees key q when ``p - window < q <= p`` and both belong to the
-    same document.
-
-    Args:
-        queries, keys: global token ranges ``[start, end)``.
-        window: tokens a query sees, itself included; ``None``: all before it.
-        documents: ``[B, T]`` document of each token, or ``None``.
-    """
-    device = documents.device if documents is not None else None
-    distance = torch.arange(*queries, device=device)[:, None] - torch.arange(*keys, device=device)
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    mask = mask[None, None]
-    if documents is not None:
-        same = documents[:, slice(*queries), None] == documents[:, None, slice(*keys)]
-        mask = mask & same[:, None]
-    return mask
 
 
 class TorchAttention(MegatronModule):
@@ -119,31 +75,17 @@ class TorchAttention(MegatronModule):
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         outputs, offset = [], 0
         for start, end in layout.ranges:
-            for first, last in blocks(start, end, block_size(self.window)):
-                place = offset + first - start
-                queries = query[:, :, place : place + last - first]
-                outputs.append(self._block(queries, key, value, (first, last), layout.documents))
+            outputs.append(
+                causal_attention(
+                    query[:, :, offset : offset + end - start],
+                    key,
+                    value,
+                    first=[start],
+                    window=self.window,
+                    documents=layout.documents,
+                    scale=self.scale,
+                )
+            )
             offset += end - start
-        attended = torch.cat(outputs, dim=2)
+        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         return attended.permute(2, 0, 1, 3).flatten(2)
-
-    def _block(
-        self,
-        queries: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: tuple[int, int],
-        documents: Tensor | None,
-    ) -> Tensor:
-        """One block of queries ``[B, A, Q, E]`` against the keys it can see."""
-        first, last = positions
-        earliest = 0 if self.window is None else max(0, first - self.window + 1)
-        mask = visible(positions, (earliest, last), self.window, documents)
-        return F.scaled_dot_product_attention(
-            queries,
-            key[:, :, earliest:last],
-            value[:, :, earliest:last],
-            attn_mask=mask.to(queries.device),
-            scale=self.scale,
-            enable_gqa=queries.shape[1] != key.shape[1],
-        )

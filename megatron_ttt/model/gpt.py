@@ -3,6 +3,7 @@
 Shape letters: B batch rows, L tokens of this rank, H hidden, E head dim, W vocabulary / tp.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 from megatron_ttt.config.schema import ModelConfig, TargetSource
 from megatron_ttt.model.rope import inverse_frequencies
 from megatron_ttt.model.sequence_layout import SequenceLayout
+
+EXTRA_STATE = "_extra_state"
 
 
 class _JoinGradient(torch.autograd.Function):
@@ -47,6 +50,8 @@ class InPlaceTTTModel(GPTModel):
     changes no loss.
     """
 
+    inverse_frequencies: Tensor
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -78,17 +83,37 @@ class InPlaceTTTModel(GPTModel):
             pre_process=stage == 0,
             post_process=stage == groups.pp.size() - 1,
             share_embeddings_and_output_weights=model.tied_embeddings,
-            position_embedding_type="rope",
-            rotary_base=model.rope.base,
+            # Angles come from the layout's positions. Megatron's table would have max_seqlen_q rows
+            # (this rank's tokens), cut over the ranks once more.
+            position_embedding_type="none",
             pg_collection=groups,
         )
         self.target = target
-        self.inverse_frequencies = inverse_frequencies(model.rope, model.head_dim)
+        frequencies = inverse_frequencies(model.rope, model.head_dim)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
         if self.post_process:
             columns = padded_vocab_size // groups.tp.size()
             real = min(max(model.vocab_size - groups.tp.rank() * columns, 0), columns)
             if real < columns:
                 self.output_layer.register_forward_hook(_MaskPadding(real))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Megatron's view of a checkpoint, of tensors alone.
+
+        Modules' "extra state" is where fp8 keeps its scales. There is no fp8 here, so it is empty,
+        and which modules have one depends on the attention backend: none is stored.
+        """
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        return {name: value for name, value in state.items() if not name.endswith(EXTRA_STATE)}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's, of what :meth:`sharded_state_dict` names: modules keep their extra state."""
+        own = {k: v for k, v in self.state_dict().items() if k.endswith(EXTRA_STATE)}
+        return super().load_state_dict({**own, **state_dict}, strict, assign)
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> tuple:
         """Megatron's, with angles ``[L, B or 1, 1, E]`` and the embedding leaf put in place."""
@@ -110,7 +135,6 @@ class InPlaceTTTModel(GPTModel):
     def _angles(self, layout: SequenceLayout) -> Tensor:
         assert layout.positions is not None
         positions = layout.positions.transpose(0, 1)[:, :, None, None].float()
-        self.inverse_frequencies = self.inverse_frequencies.to(positions.device)
         half = positions * self.inverse_frequencies
         return torch.cat([half, half], dim=-1)
 

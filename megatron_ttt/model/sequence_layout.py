@@ -17,6 +17,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
+from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_spans
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.parallel.scan import SpanExchange
@@ -99,6 +100,9 @@ class SequenceLayout(PackedSeqParams):
 
 def take_ranges(rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     """``[B, T]`` whole rows -> ``[B, L]``, the given token ranges one after another."""
+    if len(ranges) == 1:
+        ((start, end),) = ranges
+        return rows[:, start:end]
     return torch.cat([rows[:, start:end] for start, end in ranges], dim=1)
 
 
@@ -160,15 +164,17 @@ def sequence_layout(
         if ranks > 1:
             exchange = _exchange(plan, scan)
             plan = plan.select_tokens(ranges)
+    documents = document_starts.cumsum(1, dtype=torch.int32)
     return SequenceLayout(
         qkv_format="sbhd",
-        max_seqlen_q=length,
-        max_seqlen_kv=length,
+        # Transformer Engine multiplies them by cp
+        max_seqlen_q=length // ranks,
+        max_seqlen_kv=length // ranks,
         length=length,
         ranges=ranges,
         order=scan.order,
-        positions=take_ranges(positions, ranges).to(device),
-        documents=document_starts.cumsum(1).to(device, torch.int32) if mask_attention else None,
+        positions=upload(take_ranges(positions, ranges), device),
+        documents=upload(documents, device) if mask_attention else None,
         plan=plan,
         exchange=exchange,
     )

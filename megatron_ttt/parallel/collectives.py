@@ -16,38 +16,43 @@ class _GatherSequences(torch.autograd.Function):
     """Forward: all-gather along dimension 0. Backward: reduce-scatter of everyone's gradient.
 
     All tensors are in flight together. ``torch.distributed.nn.functional.all_gather`` would serve,
-    but its backward fails on subgroups of the world.
+    but its backward fails on subgroups of the world. Spans are put in order by slices: an index
+    would have to be sent to the device.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, index: Tensor, inverse: Tensor, group: Any, *local: Tensor
+        ctx: Any, spans: list[tuple[int, int]], group: Any, *local: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.group = group
-        ctx.save_for_backward(inverse)
-        gathered = [part.new_empty(len(index), *part.shape[1:]) for part in local]
+        ctx.spans, ctx.group = spans, group
+        length = local[0].shape[0] * group.size()
+        gathered = [part.new_empty(length, *part.shape[1:]) for part in local]
         flights = [
             dist.all_gather_into_tensor(whole, part.contiguous(), group=group, async_op=True)
             for whole, part in zip(gathered, local, strict=True)
         ]
         for flight in flights:
             flight.wait()
-        return tuple(whole[index] for whole in gathered)
+        size = length // len(spans)
+        places = sorted(range(len(spans)), key=lambda place: spans[place])
+        return tuple(
+            torch.cat([whole[place * size : (place + 1) * size] for place in places])
+            for whole in gathered
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (inverse,) = ctx.saved_tensors
-        rows = len(inverse) // ctx.group.size()
+        rows = grads[0].shape[0] // ctx.group.size()
         local = [grad.new_empty(rows, *grad.shape[1:]) for grad in grads]
         # The reordered gradients are kept until they have been sent.
-        ordered = [grad[inverse] for grad in grads]
+        ordered = [torch.cat([grad[start:end] for start, end in ctx.spans]) for grad in grads]
         flights = [
             dist.reduce_scatter_tensor(part, whole, group=ctx.group, async_op=True)
             for part, whole in zip(local, ordered, strict=True)
         ]
         for flight in flights:
             flight.wait()
-        return None, None, None, *local
+        return None, None, *local
 
 
 def gather_sequences(*local: Tensor, group: Any, order: SequenceOrder) -> tuple[Tensor, ...]:
@@ -65,17 +70,13 @@ def gather_sequences(*local: Tensor, group: Any, order: SequenceOrder) -> tuple[
     if group is None or group.size() == 1:
         return local
     length = local[0].shape[0] * group.size()
-    # Place i of the rank-major gather holds token source[i]; index undoes it.
-    source = torch.cat(
-        [
-            torch.arange(start, end)
-            for rank in range(group.size())
-            for start, end in token_ranges(rank, group.size(), order, length)
-        ]
-    ).to(local[0].device)
-    index = torch.empty_like(source)
-    index[source] = torch.arange(length, device=source.device)
-    whole: tuple[Tensor, ...] = _GatherSequences.apply(index, source, group, *local)
+    # The gather's result holds the ranks' spans one after another, rank by rank.
+    spans = [
+        span
+        for rank in range(group.size())
+        for span in token_ranges(rank, group.size(), order, length)
+    ]
+    whole: tuple[Tensor, ...] = _GatherSequences.apply(spans, group, *local)
     return whole
 
 

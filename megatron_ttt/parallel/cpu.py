@@ -3,7 +3,7 @@
 Megatron-core asks for ``device="cuda"`` by name in its schedules, optimizers, tensor-parallel
 mappings and checkpoints. Where no GPU is present, :func:`megatron_on_cpu` gives those names a CPU
 meaning, and does nothing else: a torch function mode maps the device, and the table
-:data:`PATCHES` lists every attribute that is replaced, one line each, with its reason. With a GPU
+:func:`patches` lists every attribute that is replaced, one line each, with its reason. With a GPU
 the context does nothing at all, so no patch can reach a CUDA run.
 """
 
@@ -27,12 +27,16 @@ _TYPE_NAMES = {
 }
 
 
-class CudaNamesOnCPU(TorchFunctionMode):
-    """Maps ``device="cuda..."`` to CPU in every torch call.
+class CudaNames(TorchFunctionMode):
+    """Maps ``device="cuda..."`` to another device in every torch call.
 
     Also drops ``pin_memory=True``, which needs a driver, and lets ``Tensor.type()`` answer the
     CUDA name of a floating dtype, by which Megatron's optimizers recognise parameters.
     """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
@@ -40,20 +44,19 @@ class CudaNamesOnCPU(TorchFunctionMode):
             name = _TYPE_NAMES.get(args[0].dtype)
             return name if name is not None else func(*args)
         if "device" in kwargs:
-            kwargs["device"] = _on_cpu(kwargs["device"])
+            kwargs["device"] = self._mapped(kwargs["device"])
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
         if func is torch.Tensor.to:
-            args = tuple(_on_cpu(value) for value in args)
+            args = tuple(self._mapped(value) for value in args)
         return func(*args, **kwargs)
 
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("cuda"):
-        return CPU
-    if isinstance(value, torch.device) and value.type == "cuda":
-        return CPU
-    return value
+    def _mapped(self, value: Any) -> Any:
+        if isinstance(value, str) and value.startswith("cuda"):
+            return self.device
+        if isinstance(value, torch.device) and value.type == "cuda":
+            return self.device
+        return value
 
 
 class _Stream:
@@ -85,10 +88,6 @@ def _set_cpu_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> No
     torch.set_rng_state(new_state)
 
 
-def _device_cpu(*args: Any, **kwargs: Any) -> torch.device:
-    return CPU
-
-
 def _one_stream(*args: Any, **kwargs: Any) -> _Stream:
     return _Stream()
 
@@ -104,21 +103,43 @@ class Patch:
 
 
 _RANDOM = "megatron.core.tensor_parallel.random"
-PATCHES = (
-    Patch("torch.cuda", "current_device", _device_cpu, "buffers are allocated on it"),
-    Patch("torch.cuda", "synchronize", _nothing, "schedules and checkpoints wait for the device"),
-    Patch("torch.cuda", "current_stream", _one_stream, "schedules and the scan order work by it"),
-    Patch("torch.cuda", "default_stream", _one_stream, "gradient buckets order work by it"),
-    Patch("torch.cuda", "empty_cache", _nothing, "called when parameters are offloaded"),
-    Patch("torch.cuda", "set_device", _nothing, "checkpoint writers choose a device"),
-    Patch("torch.cuda", "manual_seed", torch.manual_seed, "the RNG tracker forks named states"),
-    Patch("torch.cuda", "get_rng_state", _get_cpu_rng_state, "as above"),
-    Patch("torch.cuda", "set_rng_state", _set_cpu_rng_state, "as above"),
-    Patch(_RANDOM, "_get_cuda_rng_state", _get_cpu_rng_state, "recomputation restores it"),
-    Patch(_RANDOM, "_set_cuda_rng_state", _set_cpu_rng_state, "recomputation restores it"),
-    Patch("torch", "Tensor.cuda", _same, "tensors are where they should be"),
-    Patch("torch", "nn.Module.cuda", _same, "modules are where they should be"),
-)
+
+
+def patches(device: torch.device) -> tuple[Patch, ...]:
+    """Everything that is replaced so that "cuda" means ``device``."""
+    return (
+        Patch("torch.cuda", "current_device", lambda: device, "buffers are allocated on it"),
+        Patch(
+            "torch.cuda", "synchronize", _nothing, "schedules and checkpoints wait for the device"
+        ),
+        Patch(
+            "torch.cuda", "current_stream", _one_stream, "schedules and the scan order work by it"
+        ),
+        Patch("torch.cuda", "default_stream", _one_stream, "gradient buckets order work by it"),
+        Patch("torch.cuda", "empty_cache", _nothing, "called when parameters are offloaded"),
+        Patch("torch.cuda", "set_device", _nothing, "checkpoint writers choose a device"),
+        Patch("torch.cuda", "manual_seed", torch.manual_seed, "the RNG tracker forks named states"),
+        Patch("torch.cuda", "get_rng_state", _get_cpu_rng_state, "as above"),
+        Patch("torch.cuda", "set_rng_state", _set_cpu_rng_state, "as above"),
+        Patch(_RANDOM, "_get_cuda_rng_state", _get_cpu_rng_state, "recomputation restores it"),
+        Patch(_RANDOM, "_set_cuda_rng_state", _set_cpu_rng_state, "recomputation restores it"),
+        Patch("torch", "Tensor.cuda", _same, "tensors are where they should be"),
+        Patch("torch", "nn.Module.cuda", _same, "modules are where they should be"),
+    )
+
+
+@contextmanager
+def megatron_on(device: torch.device) -> Iterator[None]:
+    """Run Megatron-core with "cuda" meaning ``device``: the CPU, or meta to count what it asks."""
+    with ExitStack() as stack:
+        for patch in patches(device):
+            owner: Any = importlib.import_module(patch.module)
+            *path, name = patch.attribute.split(".")
+            for part in path:
+                owner = getattr(owner, part)
+            stack.enter_context(mock.patch.object(owner, name, patch.replacement))
+        stack.enter_context(CudaNames(device))
+        yield
 
 
 @contextmanager
@@ -127,12 +148,5 @@ def megatron_on_cpu() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with ExitStack() as stack:
-        for patch in PATCHES:
-            owner: Any = importlib.import_module(patch.module)
-            *path, name = patch.attribute.split(".")
-            for part in path:
-                owner = getattr(owner, part)
-            stack.enter_context(mock.patch.object(owner, name, patch.replacement))
-        stack.enter_context(CudaNamesOnCPU())
+    with megatron_on(CPU):
         yield

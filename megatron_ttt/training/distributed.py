@@ -78,15 +78,20 @@ def local_device(local_rank: int, devices: int) -> int:
 
 
 @contextmanager
-def model_parallel(config: Config) -> Iterator[Ranks]:
-    """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving."""
+def model_parallel(config: Config, *, gloo_groups: bool | None = None) -> Iterator[Ranks]:
+    """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving.
+
+    ``gloo_groups``: beside them groups for CPU tensors; ``None``: where there is no GPU.
+    """
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
         distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
-        create_gloo_process_groups=not torch.cuda.is_available(),
+        create_gloo_process_groups=(
+            not torch.cuda.is_available() if gloo_groups is None else gloo_groups
+        ),
     )
     try:
         model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)

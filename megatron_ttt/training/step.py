@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.schema import CommPrecision, Config, TTTMode
 from megatron_ttt.data.batches import Batch
+from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.model.sequence_layout import (
     ScanSettings,
     SequenceLayout,
@@ -114,7 +115,7 @@ class ForwardStep:
         device = self.ranks.device
         layout = self.layout(batch)
         tokens, labels, counted = (
-            take_ranges(rows, layout.ranges).to(device, non_blocking=True)
+            take_ranges(upload(rows, device), layout.ranges)
             for rows in (batch.tokens_BT, batch.labels_BT, batch.loss_mask_BT)
         )
         output = model(

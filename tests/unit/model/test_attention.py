@@ -10,9 +10,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from megatron_ttt.config.to_megatron import transformer_config
-from megatron_ttt.model import attention
-from megatron_ttt.model.attention import TorchAttention, blocks
+from megatron_ttt.model import windowed_attention
+from megatron_ttt.model.attention import TorchAttention
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.windowed_attention import blocks
 from tests.distributed.training_runs import tiny_config
 
 LENGTH, BATCH, HEADS, GROUPS, DIM = 37, 2, 4, 2, 12
@@ -42,7 +43,9 @@ def written_out(
 def test_attention_equals_attention_written_out(
     monkeypatch: pytest.MonkeyPatch, window: int | None, by_document: bool
 ) -> None:
-    monkeypatch.setattr(attention, "LARGEST_BLOCK", 8)  # several blocks, the last one unfinished
+    monkeypatch.setattr(
+        windowed_attention, "LARGEST_BLOCK", 8
+    )  # several blocks, the last one unfinished
     config = transformer_config(tiny_config(window=window), device_is_cuda=False)
     groups: Any = SimpleNamespace(cp=None)
     module = TorchAttention(replace(config), 1, AttnMaskType.causal, "self", pg_collection=groups)
