@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_ttt.config.arguments import OneLineParser, bounded, tell
 from megatron_ttt.config.bounds import COUNT, Bound
 from megatron_ttt.config.derived import model_parallel_size
-from megatron_ttt.config.load import check, describe, load_config
+from megatron_ttt.config.load import PRETRAINING, check, describe, load_config, tell_idle_keys
 
 
 def plan_model(arguments: argparse.Namespace) -> int:
@@ -20,6 +20,7 @@ def plan_model(arguments: argparse.Namespace) -> int:
     config = load_config([*arguments.overrides, "run.dry_run=true"])
     ranks = arguments.ranks or model_parallel_size(config.parallel)
     check(config, world_size=ranks)
+    tell_idle_keys(PRETRAINING, config, arguments.overrides)
     print(describe(config, world_size=ranks))
     return 0
 
@@ -44,6 +45,7 @@ def plan_scan(arguments: argparse.Namespace) -> int:
 
     config = load_config([*arguments.overrides, "run.dry_run=true"])
     check(config, world_size=model_parallel_size(config.parallel))
+    tell_idle_keys(PRETRAINING, config, arguments.overrides)
     path = config.parallel.scan_constants
     topology = GPU_CLUSTER if path is None else load_topology(Path(path))
     flops = arguments.tflops * 1e12

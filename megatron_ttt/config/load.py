@@ -7,7 +7,7 @@ status 2, before anything is written and before torch is imported.
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -20,7 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.derived import model_parallel_size
-from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.effects import (
+    TRAINING_EFFECTS,
+    Effects,
+    given_keys,
+    idle_faults,
+    notices,
+)
+from megatron_ttt.config.faults import ConfigError, Fault, suggest
 from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.overrides import (
     as_typed,
@@ -38,6 +45,12 @@ CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 HYDRA_VERSION = "1.3"  # of Hydra's behaviour, not of the package
 # Hydra's flags that print something and compose no run.
 _INFORMING_FLAGS = ("--help", "-h", "--hydra-help", "--version", "--info", "-i")
+_FLAGS = (
+    *_INFORMING_FLAGS,
+    *("--cfg", "-c", "--resolve", "--package", "-p", "--multirun", "-m", "--run", "-r"),
+    *("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn"),
+    *("--shell-completion", "-sc", "--experimental-rerun"),
+)
 
 
 AnyConfig = TypeVar("AnyConfig")
@@ -52,19 +65,20 @@ class Root(Generic[AnyConfig]):
         schema: the dataclass.
         schema_name: by which the file's ``defaults`` refer to it.
         grouped: whether the folders of ``configs/`` are groups of this root.
+        effects: under which other keys each of its keys has an effect.
+        faults: what types cannot say of its keys.
     """
 
     name: str
     schema: type[AnyConfig]
     schema_name: str
     grouped: bool
+    effects: Effects
+    faults: Callable[[AnyConfig], list[Fault]]
 
     def groups(self, config_dir: Path) -> dict[str, list[str]]:
         """The groups with the names of their files; none where the folders mean nothing."""
         return group_options(config_dir) if self.grouped else {}
-
-
-PRETRAINING = Root("config", Config, "schema", grouped=True)
 
 
 def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> Config:
@@ -149,12 +163,19 @@ def from_yaml(text: str) -> Config:
 
 
 def check(config: Config, *, world_size: int) -> None:
-    """All checks that a composed configuration has to pass on this machine.
-
-    A dry run plans for another machine: neither devices nor folders of this one count.
+    """Raise if a composed configuration cannot run; see :func:`faults_here`.
 
     Raises:
         ConfigError: with every fault.
+    """
+    if faults := faults_here(config, world_size=world_size):
+        raise ConfigError(faults)
+
+
+def faults_here(config: Config, *, world_size: int) -> list[Fault]:
+    """All faults that a composed configuration has on this machine.
+
+    A dry run plans for another machine: neither devices nor folders of this one count.
     """
     if config.run.dry_run:
         faults = validate(config, world_size, cuda=True, transformer_engine=True)
@@ -168,8 +189,44 @@ def check(config: Config, *, world_size: int) -> None:
             from megatron_ttt.config.summary import memory_faults
 
             faults = memory_faults(config, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if faults:
+    return faults
+
+
+def training_ranks(config: Config) -> int:
+    """Processes of the run: this job's; a dry run without torchrun shows one copy of the model."""
+    world_size = launched().world_size
+    if config.run.dry_run and world_size == 1:
+        return model_parallel_size(config.parallel)
+    return world_size
+
+
+PRETRAINING = Root(
+    "config",
+    Config,
+    "schema",
+    grouped=True,
+    effects=TRAINING_EFFECTS,
+    faults=lambda config: faults_here(config, world_size=training_ranks(config)),
+)
+
+
+def tell_idle_keys(root: Root[AnyConfig], config: AnyConfig, words: Sequence[str]) -> None:
+    """Print a line to stderr, on the first rank, for each key of ``words`` that has no effect.
+
+    Args:
+        root: of the configuration.
+        config: valid.
+        words: the command line.
+
+    Raises:
+        ConfigError: a key without effect by which the user asked for something else.
+    """
+    given = given_keys(words, root.groups(CONFIG_DIR))
+    if faults := idle_faults(config, root.effects, given):
         raise ConfigError(faults)
+    if launched().is_first:
+        for notice in notices(config, root.effects, given):
+            print(notice, file=sys.stderr)
 
 
 def describe(config: Config, *, world_size: int) -> str:
@@ -197,15 +254,9 @@ def run_with_config(
     """
 
     def start(config: Config) -> int:
-        launch = launched()
-        world_size = launch.world_size
-        if config.run.dry_run and world_size == 1:
-            # without torchrun it shows the smallest run: one copy of the model
-            world_size = model_parallel_size(config.parallel)
-        check(config, world_size=world_size)
         if config.run.dry_run:
-            if launch.is_first:
-                print(describe(config, world_size=world_size))
+            if launched().is_first:
+                print(describe(config, world_size=training_ranks(config)))
             return 0
         return main(config) or 0
 
@@ -219,7 +270,7 @@ def run_program(
     *,
     config_dir: Path = CONFIG_DIR,
 ) -> int:
-    """Runs ``start`` with the configuration that ``argv`` describes.
+    """Runs ``start`` with the checked configuration that ``argv`` describes.
 
     Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
     ``--multirun`` sweeps.
@@ -234,10 +285,17 @@ def run_program(
     except LaunchError as error:
         print(error, file=sys.stderr)
         return 2
+
+    def checked(config: AnyConfig) -> int:
+        if faults := root.faults(config):
+            raise ConfigError(faults)
+        tell_idle_keys(root, config, argv)
+        return start(config)
+
     try:
         if any(word.startswith("-") for word in argv):
-            return _run_with_flags(root, start, argv, config_dir=config_dir)
-        return start(compose_root(root, argv, config_dir=config_dir))
+            return _run_with_flags(root, checked, argv, config_dir=config_dir)
+        return checked(compose_root(root, argv, config_dir=config_dir))
     except ConfigError as error:
         if launch.is_first or isinstance(error, LaunchError):
             print(error, file=sys.stderr)
@@ -251,7 +309,11 @@ def _run_with_flags(
     *,
     config_dir: Path,
 ) -> int:
-    """Hands the command line to Hydra itself, after our own look at its overrides."""
+    """Hands the command line to Hydra itself, after our own look at it."""
+    if faults := list(_flag_faults(argv)):
+        raise ConfigError(faults)
+    # Hydra's parser takes overrides in one piece only
+    argv = sorted(argv, key=lambda word: not word.startswith(("-", "~")) and "=" in word)
     if not any(flag in argv for flag in _INFORMING_FLAGS):
         words = [word for word in argv if "=" in word or word.startswith("~")]
         groups = root.groups(config_dir)
@@ -283,6 +345,17 @@ def _run_with_flags(
     if faults_of_jobs:
         raise ConfigError(faults_of_jobs)
     return max(statuses, default=0)
+
+
+def _flag_faults(argv: Sequence[str]) -> Iterator[Fault]:
+    """Flags that Hydra does not have; its own parser would answer with its usage."""
+    for word, value in zip(argv, [*argv[1:], ""], strict=True):
+        flag = word.partition("=")[0]
+        if word.startswith("-") and flag not in _FLAGS:
+            message = "no such option; write KEY=VALUE, or one of " + ", ".join(_FLAGS)
+            yield Fault(word, "", f"{suggest(flag, _FLAGS)}{message}")
+        elif word in ("--cfg", "-c") and value not in ("job", "hydra", "all"):
+            yield Fault(word, value, "must be job, hydra or all")
 
 
 def _hydra_fault(error: Exception, overrides: Sequence[str]) -> Fault:

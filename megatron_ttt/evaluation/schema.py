@@ -16,9 +16,10 @@ from megatron_ttt.config.bounds import (
     bound_faults,
     flat_values,
 )
+from megatron_ttt.config.effects import ALWAYS, Condition, Effects
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.load import Root
-from megatron_ttt.config.reading import ReadingRule
+from megatron_ttt.config.reading import ReadingMode, ReadingRule
 from megatron_ttt.config.schema import CPOrder, Precision, ScanAlgorithm
 from megatron_ttt.data.inputs import InputFormat
 
@@ -154,9 +155,6 @@ class EvaluationConfig:
     health: HealthConfig = field(default_factory=HealthConfig)
 
 
-EVALUATION = Root("evaluation", EvaluationConfig, "evaluation_schema", grouped=False)
-
-
 EVALUATION_BOUNDS: Mapping[str, Bound] = {
     **RULE_BOUNDS,
     "seed": SEED,
@@ -192,3 +190,85 @@ def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
     # paths of data.path are looked at where they are opened
     faults += [Fault(key, value, "is empty") for key, value in flat_values(config) if value == []]
     return faults
+
+
+def _task_reads(*tasks: EvaluationTask) -> tuple[Condition, ...]:
+    return (Condition("task", lambda config: config.task in tasks),)
+
+
+def _hides_needles(config: EvaluationConfig) -> bool:
+    tasks = list(RulerTask) if config.ruler.tasks is None else config.ruler.tasks
+    return any(task.name.startswith("niah") for task in tasks)
+
+
+_ROWS = _task_reads(EvaluationTask.perplexity, EvaluationTask.health)  # tasks that read a corpus
+_ASKED = _task_reads(EvaluationTask.ruler, EvaluationTask.needles)  # tasks that make their texts
+_FAST = (Condition("ttt.mode", lambda config: config.ttt.mode is not ReadingMode.off),)
+_SPREAD = (Condition("parallel.cp", lambda config: config.parallel.cp > 1),)
+_PERPLEXITY, _RULER, _NEEDLES, _SPEED, _HEALTH = (
+    _task_reads(task)
+    for task in (
+        EvaluationTask.perplexity,
+        EvaluationTask.ruler,
+        EvaluationTask.needles,
+        EvaluationTask.speed,
+        EvaluationTask.health,
+    )
+)
+EVALUATION_EFFECTS: Effects = {
+    "task": ALWAYS,
+    "checkpoint": ALWAYS,
+    "output": ALWAYS,
+    "beyond_positions": ALWAYS,
+    "precision": ALWAYS,
+    "seed": _ASKED,
+    "ttt.mode": ALWAYS,
+    "ttt.eta": _FAST,
+    "ttt.chunk_size": _FAST,
+    "ttt.decay": _FAST,
+    "ttt.clip.mode": _FAST,
+    "ttt.clip.bound": _FAST,  # reading.py refuses it where the checkpoint does not clip
+    "parallel.tp": ALWAYS,
+    "parallel.cp": ALWAYS,
+    "parallel.cp_order": _SPREAD,
+    "parallel.scan": _SPREAD + _FAST,
+    "parallel.timeout_s": ALWAYS,
+    "data.path": _ROWS,
+    "data.format": _ROWS,
+    "data.split": _ROWS,
+    "data.rows": _ROWS,
+    "data.shares": _ROWS,
+    "data.tokenizer": _task_reads(*(task for task in EvaluationTask if task.name != "speed")),
+    "perplexity.length": _PERPLEXITY,
+    "perplexity.rows": _PERPLEXITY,
+    "perplexity.batch_size": _PERPLEXITY,
+    "perplexity.bins": _PERPLEXITY,
+    "perplexity.contexts": _PERPLEXITY,
+    "perplexity.scored": _PERPLEXITY,
+    "ruler.tasks": _RULER,
+    "ruler.lengths": _RULER,
+    "ruler.samples": _RULER,
+    "ruler.haystack": (*_RULER, Condition("ruler.tasks", _hides_needles)),
+    "ruler.batch_size": _RULER,
+    "needles.lengths": _NEEDLES,
+    "needles.depths": _NEEDLES,
+    "needles.samples": _NEEDLES,
+    "needles.haystack": _NEEDLES,
+    "needles.batch_size": _NEEDLES,
+    "speed.lengths": _SPEED,
+    "speed.batch_sizes": _SPEED,
+    "speed.new_tokens": _SPEED,
+    "speed.repeats": _SPEED,
+    "health.length": _HEALTH,
+    "health.rows": _HEALTH,
+    "health.positions": _HEALTH,
+}
+
+EVALUATION = Root(
+    "evaluation",
+    EvaluationConfig,
+    "evaluation_schema",
+    grouped=False,
+    effects=EVALUATION_EFFECTS,
+    faults=evaluation_faults,
+)

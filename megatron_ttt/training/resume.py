@@ -45,6 +45,8 @@ def start(
         except checkpoint.UnfitCheckpoint as error:
             raise _fault("run.resume", config.run.resume, error) from error
         report(f"resumed from {found.folder} at step {found.progress.step}")
+        if config.checkpoint.load is not None:
+            report("notice: checkpoint.load has no effect: the run goes on from its own checkpoint")
         progress = _counted(found, state.scheduler.num_steps, report)
         fit_schedule(state.scheduler, config, progress)
         return progress

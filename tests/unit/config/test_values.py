@@ -58,16 +58,16 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 TRAINING_KEYS = [key for key, _ in keys(Config)]
 EVALUATION_KEYS = [key for key, _ in keys(EvaluationConfig)]
-PLAIN = {
-    PRETRAINING: ["+model=tiny"],
-    EVALUATION: ["task=speed", "checkpoint=nowhere"],
-}
+PLAIN: list[tuple[Root[Any], list[str]]] = [
+    (PRETRAINING, ["+model=tiny"]),
+    (EVALUATION, ["task=speed", "checkpoint=nowhere"]),
+]
 
 
 @pytest.fixture(scope="module")
 def composed() -> dict[str, DictConfig]:
     found = {}
-    for root, words in PLAIN.items():
+    for root, words in PLAIN:
         register_schema(root)
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             found[root.name] = compose(root.name, overrides=words)
@@ -202,6 +202,22 @@ def test_the_programs_path(capsys: pytest.CaptureFixture[str]) -> None:
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
         assert captured.err.startswith(word.split("=")[0])
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--multrun", "--multrun=: did you mean --multirun? no such option; write KEY=VALUE"),
+        ("-x", "-x=: no such option"),
+        ("--cfg", "--cfg=train.steps=1: must be job, hydra or all"),
+    ],
+)
+def test_flags_that_hydra_does_not_have(
+    word: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_with_config(lambda config: 0, ["+model=tiny", word, "train.steps=1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(expected) and captured.err.count("\n") == 1
 
 
 def test_every_number_has_a_bound() -> None:
