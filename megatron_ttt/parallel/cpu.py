@@ -131,9 +131,12 @@ def patches(device: torch.device) -> tuple[Patch, ...]:
 @contextmanager
 def megatron_on(device: torch.device) -> Iterator[None]:
     """Run Megatron-core with "cuda" meaning ``device``: the CPU, or meta to count what it asks."""
+    table = patches(device)
+    # All are imported before any is replaced: torch compares functions while it is imported.
+    modules = [importlib.import_module(patch.module) for patch in table]
     with ExitStack() as stack:
-        for patch in patches(device):
-            owner: Any = importlib.import_module(patch.module)
+        for patch, module in zip(table, modules, strict=True):
+            owner: Any = module
             *path, name = patch.attribute.split(".")
             for part in path:
                 owner = getattr(owner, part)

@@ -1,0 +1,1 @@
+"""Which launches each rank makes, recorded on gloo, and whether NCCL could complete them."""
