@@ -46,7 +46,7 @@ SILENCED_LOGS = (
     (
         "megatron.core.models.gpt.gpt_model",
         "GPTModel IS DEPRECATED",
-        "the newer line prefers HybridModel, the older one has none; both support GPTModel",
+        "docs/decisions/hybrid-model.md says what is used of it, and what happens when it goes",
     ),
     (
         "megatron.core.dist_checkpointing.strategies.torch",
