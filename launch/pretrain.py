@@ -6,19 +6,20 @@ python launch/pretrain.py +experiment=qwen3_4b_32k run.dry_run=true
 """
 
 import sys
+from collections.abc import Collection
 
 from megatron_ttt.config.load import run_with_config
 from megatron_ttt.config.schema import Config
 from megatron_ttt.training.quiet import quiet_libraries
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, given: Collection[str]) -> int:
     """The training run; its exit status."""
     # torch and megatron-core take seconds to import: a mistake is reported before that
     quiet_libraries()
     from megatron_ttt.training.loop import pretrain as run
 
-    return run(config)
+    return run(config, given)
 
 
 if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file

@@ -7,7 +7,7 @@ status 2, before anything is written and before torch is imported.
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -237,7 +237,7 @@ def describe(config: Config, *, world_size: int) -> str:
 
 
 def run_with_config(
-    main: Callable[[Config], int | None],
+    main: Callable[[Config, Collection[str]], int | None],
     argv: Sequence[str],
     *,
     config_dir: Path = CONFIG_DIR,
@@ -248,7 +248,8 @@ def run_with_config(
     ``main``.
 
     Args:
-        main: the program; ``None`` counts as success.
+        main: the program, of the configuration and the dotted keys that the user gave; ``None``
+            counts as success.
         argv: the arguments without the program's name.
         config_dir: folder of ``config.yaml`` and its groups.
     """
@@ -258,7 +259,7 @@ def run_with_config(
             if launched().is_first:
                 print(describe(config, world_size=training_ranks(config)))
             return 0
-        return main(config) or 0
+        return main(config, given_keys(argv, PRETRAINING.groups(config_dir))) or 0
 
     return run_program(PRETRAINING, start, argv, config_dir=config_dir)
 

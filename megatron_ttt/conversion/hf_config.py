@@ -5,12 +5,12 @@ other rotary frequencies or a forgotten bias is the classic silent fault of conv
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from megatron_ttt.config.derived import attention_factor
-from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.schema import Family, ModelConfig, RopeConfig, RopeScaling
 from megatron_ttt.conversion.families import FAMILIES
 from megatron_ttt.conversion.families.decoder import Bias, Window
@@ -41,6 +41,8 @@ _NAMES = {
     "rope.beta_fast": "rope_scaling.beta_fast",
     "rope.beta_slow": "rope_scaling.beta_slow",
 }
+# Keys by which a run may differ from a published model by choice.
+CHOICES = ("model.sliding_window",)
 _REQUIRED = (
     "model_type",
     "num_hidden_layers",
@@ -153,7 +155,9 @@ def hf_from_model(model: ModelConfig) -> dict[str, Any]:
     return config
 
 
-def check_agreement(model: ModelConfig, checkpoint: ModelConfig, where: str) -> None:
+def check_agreement(
+    model: ModelConfig, checkpoint: ModelConfig, where: str, *, chosen: Collection[str] = ()
+) -> list[str]:
     """A model's configuration must be that of the checkpoint it starts from.
 
     One difference is meant: YaRN over a checkpoint without it, stretching exactly the positions
@@ -163,24 +167,32 @@ def check_agreement(model: ModelConfig, checkpoint: ModelConfig, where: str) -> 
         model: the run's.
         checkpoint: read from the checkpoint.
         where: the checkpoint, for the message.
+        chosen: dotted keys by which the run may differ, since the user gave them.
+
+    Returns:
+        One line for each difference that the user chose.
 
     Raises:
-        ConfigError: one fault for each differing key, under both sides' names.
+        ConfigError: one fault for each other differing key, under both sides' names.
     """
     ours, theirs = _flat(model), _flat(checkpoint)
     ignored = {"name", "attention"}
     if _stretches(model, checkpoint):
         ignored |= {name for name in ours if name.startswith("rope.") and name != "rope.base"}
         ignored.add("max_positions")
-    faults = []
+    faults, notices = [], []
     for name, value in ours.items():
         if name in ignored or _same(value, theirs[name]):
             continue
         shown = theirs[name].name if hasattr(theirs[name], "name") else theirs[name]
         message = f"the checkpoint has {_NAMES[name]}={shown} ({where})"
+        if f"model.{name}" in chosen:
+            notices.append(f"notice: model.{name}={show(value)}, {message}")
+            continue
         faults.append(Fault(f"model.{name}", value, message))
     if faults:
         raise ConfigError(faults)
+    return notices
 
 
 def _stretches(model: ModelConfig, checkpoint: ModelConfig) -> bool:

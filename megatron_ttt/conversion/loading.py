@@ -1,15 +1,17 @@
 """Starting a run straight from safetensors: each rank reads the rows and columns of its slice."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import Config
-from megatron_ttt.conversion.hf_config import check_agreement, model_from_hf
+from megatron_ttt.conversion.agreement import rule_notices
+from megatron_ttt.conversion.hf_config import CHOICES, check_agreement, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.source import MegatronView
-from megatron_ttt.conversion.ttt_config import target_generator
+from megatron_ttt.conversion.ttt_config import target_generator, ttt_from_hf
 from megatron_ttt.model.initialize import global_parameters, sharded_dim
 
 # Checkpoints name these norms as if they were fused into the linear layer behind them.
@@ -21,7 +23,14 @@ _NORMS = {
 
 @torch.no_grad()
 def load_hf_weights(
-    folder: Path, model: torch.nn.Module, config: Config, *, tp_rank: int, tp_size: int
+    folder: Path,
+    model: torch.nn.Module,
+    config: Config,
+    *,
+    tp_rank: int,
+    tp_size: int,
+    given: Collection[str] | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[str]:
     """Fill this rank's parameters from a Hugging Face folder.
 
@@ -33,6 +42,8 @@ def load_hf_weights(
         model: this rank's pipeline stage.
         config: the run; its model must be the checkpoint's.
         tp_rank, tp_size: this rank's slice.
+        given: dotted keys that the user gave; ``None``: another update rule is read on purpose.
+        report: told of differences that the user chose.
 
     Returns:
         Names, as distributed checkpoints have them, of the parameters that were initialised.
@@ -44,7 +55,15 @@ def load_hf_weights(
     target = target_generator(config.ttt, layers=config.model.layers)
     source = HFFolder(folder)
     checkpoint = model_from_hf(source.config, name=config.model.name, where=str(folder))
-    check_agreement(config.model, checkpoint, str(folder))
+    notices = check_agreement(
+        config.model, checkpoint, str(folder), chosen=set(given or ()) & set(CHOICES)
+    )
+    layers = config.model.layers
+    trained = ttt_from_hf(source.config, layers=layers, where=str(folder))
+    if trained is not None and given is not None:
+        notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=str(folder))
+    for notice in notices:
+        report(notice)
     view = MegatronView(source, target=target, seed=config.train.seed)
     for name, parameter in global_parameters(model):
         key = checkpoint_key(name)

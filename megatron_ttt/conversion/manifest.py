@@ -1,5 +1,7 @@
 """What a Megatron checkpoint's manifest says about its model."""
 
+import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +9,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import ModelConfig, TTTConfig
-from megatron_ttt.conversion.hf_config import check_agreement
+from megatron_ttt.config.schema import Config, ModelConfig, TTTConfig
+from megatron_ttt.conversion.agreement import rule_notices
+from megatron_ttt.conversion.hf_config import CHOICES, check_agreement
 from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.megatron_folder import MANIFEST, MegatronFolder
 
@@ -30,19 +33,44 @@ def described_model(folder: MegatronFolder) -> tuple[ModelConfig, TTTConfig]:
     return _typed(ModelConfig, config["model"], path), _typed(TTTConfig, config["ttt"], path)
 
 
-def check_imported(facts: dict[str, Any], model: ModelConfig, path: Path) -> None:
-    """A run that starts from an imported checkpoint must describe the same model.
+def check_start(
+    facts: dict[str, Any], config: Config, path: Path, *, given: Collection[str]
+) -> list[str]:
+    """A run that starts from a checkpoint must describe the same model and update rule.
+
+    A plain model's import has target generators that were never trained: any rule is its first.
 
     Args:
-        facts: of the checkpoint's manifest; those of a training run are left to the loader.
-        model: the run's.
+        facts: of the checkpoint's manifest.
+        config: the run.
         path: of the checkpoint.
+        given: dotted keys that the user gave.
+
+    Returns:
+        One line for each difference that the user chose.
 
     Raises:
-        ConfigError: one fault for each differing key.
+        ConfigError: one fault for each other differing key.
     """
-    if IMPORTED_FROM in facts:
-        check_agreement(model, _typed(ModelConfig, facts["config"]["model"], path), str(path))
+    described, where = facts.get("config", {}), str(path)
+    notices = []
+    if "model" in described:
+        checkpoint = _typed(ModelConfig, described["model"], path)
+        # how a model of one's own goes on is one's own affair
+        chosen = set(given) & set(CHOICES) if IMPORTED_FROM in facts else given
+        notices += check_agreement(config.model, checkpoint, where, chosen=chosen)
+    if "ttt" in described and _has_trained_rule(facts, path):
+        trained, layers = _typed(TTTConfig, described["ttt"], path), config.model.layers
+        notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=where)
+    return notices
+
+
+def _has_trained_rule(facts: dict[str, Any], path: Path) -> bool:
+    """Whether the checkpoint's rule is one that it was trained with, not one it was given."""
+    if IMPORTED_FROM not in facts:
+        return True
+    source = path / ORIGIN / "config.json"
+    return source.is_file() and bool(json.loads(source.read_text()).get("ttt_mode", False))
 
 
 def origin(folder: MegatronFolder) -> Path | None:

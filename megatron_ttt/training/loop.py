@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,8 +115,10 @@ class Trainer:
         return loss.mean
 
 
-def pretrain(config: Config) -> int:
+def pretrain(config: Config, given: Collection[str] = ()) -> int:
     """Train as the configuration says; returns the process's exit status.
+
+    ``given`` are the dotted keys that the user gave: what is a choice where a checkpoint differs.
 
     0: all steps done. 1: a checkpoint could not be saved, or a loss is not finite.
     :data:`~.resilience.STOPPED`: asked to stop, saved, to be started again.
@@ -131,7 +134,7 @@ def pretrain(config: Config) -> int:
         trainer = build_trainer(config, ranks)
         source, identity = open_corpus(config, ranks)
         report = partial(console.print, **PLAIN)
-        progress = start(config, trainer.state, ranks, report, data=identity)
+        progress = start(config, trainer.state, ranks, report, data=identity, given=given)
         data = open_data(config, source, ranks, progress)
         reporter = None
         if ranks.is_first:  # nothing is written before everything that can be refused has passed

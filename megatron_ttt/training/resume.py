@@ -1,6 +1,6 @@
 """Where a run begins: at its own newest checkpoint, at one that was named, or at step 0."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config
 from megatron_ttt.conversion.loading import load_hf_weights
-from megatron_ttt.conversion.manifest import HF_SCHEME, check_imported
+from megatron_ttt.conversion.manifest import HF_SCHEME, check_start
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training import checkpoint_files as files
 from megatron_ttt.training.changes import check_changes
@@ -26,11 +26,14 @@ def start(
     report: Callable[[str], None],
     *,
     data: dict[str, Any],
+    given: Collection[str] = (),
 ) -> Progress:
     """Resume, start from given weights, or start from nothing.
 
     Args:
         data: fingerprint of the run's data.
+        given: dotted keys that the user gave: where they differ from the checkpoint's it is a
+            choice.
 
     Raises:
         ConfigError: no checkpoint is good, or one that was named is damaged or holds another model,
@@ -53,10 +56,12 @@ def start(
     if config.checkpoint.load is not None:
         place = config.checkpoint.load
         if place.startswith(HF_SCHEME):
-            _load_safetensors(Path(place.removeprefix(HF_SCHEME)), config, state, ranks)
+            _load_safetensors(
+                Path(place.removeprefix(HF_SCHEME)), config, state, ranks, report, given
+            )
             report(f"weights from {place}")
         else:
-            _load_weights(place, config, state, ranks, report)
+            _load_weights(place, config, state, ranks, report, given)
     return BEGINNING
 
 
@@ -137,11 +142,26 @@ def _set_later_aside(found: Found, root: Path, ranks: Ranks, report: Callable[[s
         report(f"going back to {found.folder.name}: a later checkpoint is kept as {name}")
 
 
-def _load_safetensors(folder: Path, config: Config, state: TrainingState, ranks: Ranks) -> None:
+def _load_safetensors(
+    folder: Path,
+    config: Config,
+    state: TrainingState,
+    ranks: Ranks,
+    report: Callable[[str], None],
+    given: Collection[str],
+) -> None:
     """A Hugging Face model's weights; every rank reads its own slices."""
     tp, damage = ranks.groups.tp, None
     try:
-        load_hf_weights(folder, state.model.module, config, tp_rank=tp.rank(), tp_size=tp.size())
+        load_hf_weights(
+            folder,
+            state.model.module,
+            config,
+            tp_rank=tp.rank(),
+            tp_size=tp.size(),
+            given=given,
+            report=report,
+        )
     except ConfigError as error:
         damage = error
     complaint = agree(ranks, damage)
@@ -158,6 +178,7 @@ def _load_weights(
     state: TrainingState,
     ranks: Ranks,
     report: Callable[[str], None],
+    given: Collection[str],
 ) -> None:
     """Weights alone, from a checkpoint with a manifest or from any Megatron checkpoint."""
     folder = Path(place)
@@ -170,7 +191,9 @@ def _load_weights(
         raise _fault("checkpoint.load", place, "is no folder with a Megatron checkpoint")
     try:
         if has_manifest:
-            check_imported(checkpoint.verified(folder, ranks).facts, config.model, folder)
+            facts = checkpoint.verified(folder, ranks).facts
+            for notice in check_start(facts, config, folder, given=given):
+                report(notice)
         checkpoint.load_weights(folder, state, ranks=ranks)
     except (checkpoint.DamagedCheckpoint, checkpoint.UnfitCheckpoint) as error:
         raise _fault("checkpoint.load", place, error) from error

@@ -129,7 +129,9 @@ def test_recipes_are_not_the_users_keys() -> None:
 def test_the_program_says_it(
     words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_with_config(lambda config: 0, ["+model=tiny", "run.dry_run=true", *words]) == 0
+    assert (
+        run_with_config(lambda config, given: 0, ["+model=tiny", "run.dry_run=true", *words]) == 0
+    )
     assert capsys.readouterr().err.splitlines() == expected
 
 
@@ -137,7 +139,7 @@ def test_another_corpus_than_the_one_that_is_named_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["+model=tiny", "data.path=/nonexistent/corpus"]
-    assert run_with_config(lambda config: 0, words) == 2
+    assert run_with_config(lambda config, given: 0, words) == 2
     assert capsys.readouterr().err == (
         "data.path=/nonexistent/corpus: has no effect with data.source=python_stdlib:"
         " add data=files\n"
@@ -147,7 +149,7 @@ def test_another_corpus_than_the_one_that_is_named_is_refused(
 @pytest.mark.parametrize("name", group_options(CONFIG_DIR)["experiment"])
 def test_no_recipe_is_told_anything(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"+experiment={name}", "run.dry_run=true", "train.steps=10000"]
-    assert run_with_config(lambda config: 0, words) == 0
+    assert run_with_config(lambda config, given: 0, words) == 0
     assert capsys.readouterr().err == ""
 
 

@@ -140,7 +140,7 @@ def test_a_rank_that_is_wrong_speaks_though_it_is_not_the_first(
     for name, value in TORCHRUN.items():
         environment.setenv(name, value)
     words = ["+model=tiny", "train.global_batch_size=16"]
-    assert run_with_config(lambda config: local_device(1, 1), words) == 2
+    assert run_with_config(lambda config, given: local_device(1, 1), words) == 2
     assert capsys.readouterr().err.startswith("LOCAL_RANK=1: there are 1 GPUs here")
 
 

@@ -198,7 +198,9 @@ def test_text_is_taken_as_it_is_typed_in_a_sweep() -> None:
 def test_the_programs_path(capsys: pytest.CaptureFixture[str]) -> None:
     """The same through the program itself: exit status 2 and one line."""
     for word in ("train.seed=100000000000000000000", "run.name=", "model.rope='${run.name}'"):
-        assert run_with_config(lambda config: 0, ["+model=tiny", "run.dry_run=true", word]) == 2
+        assert (
+            run_with_config(lambda config, given: 0, ["+model=tiny", "run.dry_run=true", word]) == 2
+        )
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
         assert captured.err.startswith(word.split("=")[0])
@@ -215,7 +217,7 @@ def test_the_programs_path(capsys: pytest.CaptureFixture[str]) -> None:
 def test_flags_that_hydra_does_not_have(
     word: str, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_with_config(lambda config: 0, ["+model=tiny", word, "train.steps=1"]) == 2
+    assert run_with_config(lambda config, given: 0, ["+model=tiny", word, "train.steps=1"]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith(expected) and captured.err.count("\n") == 1
 
