@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ttt.config.arguments import SEED_NUMBER, OneLineParser, bounded, tell
+from megatron_ttt.config.arguments import (
+    SEED_NUMBER,
+    FlagCondition,
+    OneLineParser,
+    bounded,
+    flag_notices,
+    tell,
+)
 from megatron_ttt.config.bounds import Bound
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import one_process
@@ -33,6 +41,9 @@ if TYPE_CHECKING:
     from megatron_ttt.config.schema import ModelConfig, TTTConfig
     from megatron_ttt.conversion.importing import Report
 
+_WRITES = FlagCondition(lambda given: not given.dry_run, "with --dry-run")
+IMPORT_FLAGS = {"--verify": _WRITES}
+EXPORT_FLAGS = {"--verify": _WRITES, "--shard-gib": _WRITES, "--tokenizer": _WRITES}
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -56,7 +67,9 @@ def add_import(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="of a new target generator (default: train.seed's)",
     )
     _add_common(parser)
-    parser.set_defaults(run=run_import)
+    parser.set_defaults(
+        run=run_import, notices=partial(flag_notices, parser, conditions=IMPORT_FLAGS)
+    )
 
 
 def add_export(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -86,7 +99,9 @@ def add_export(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="largest file of weights (default: 4)",
     )
     _add_common(parser)
-    parser.set_defaults(run=run_export)
+    parser.set_defaults(
+        run=run_export, notices=partial(flag_notices, parser, conditions=EXPORT_FLAGS)
+    )
 
 
 def add_diff(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
@@ -94,7 +109,7 @@ def add_diff(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     parser = commands.add_parser("diff", help="compare two checkpoints of either kind")
     parser.add_argument("first", type=Path)
     parser.add_argument("second", type=Path)
-    parser.set_defaults(run=run_diff)
+    parser.set_defaults(run=run_diff, notices=lambda given: [])
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +339,8 @@ def main(argv: list[str]) -> int:
 
     try:
         one_process("checkpoints are converted")
+        for line in arguments.notices(arguments):
+            print(line, file=sys.stderr)
         status: int = arguments.run(arguments)
     except ConfigError as error:
         return tell(error)

@@ -22,7 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import SEED_NUMBER, WHOLE, OneLineParser, bounded, tell
+from megatron_ttt.config.arguments import (
+    SEED_NUMBER,
+    WHOLE,
+    FlagCondition,
+    OneLineParser,
+    bounded,
+    flag_notices,
+    tell,
+)
 from megatron_ttt.config.bounds import Bound
 from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import (
@@ -30,6 +38,7 @@ from megatron_ttt.config.reading import (
     ReadingMode,
     ReadingRule,
     rule_faults,
+    set_keys,
     set_rule_key,
 )
 from megatron_ttt.data.inputs import read_text
@@ -41,6 +50,15 @@ if TYPE_CHECKING:
     from megatron_ttt.inference.generation import Generated
 
 DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+_SAMPLES = FlagCondition(lambda given: given.temperature > 0, "with --temperature 0")
+FLAGS = {
+    "--top-k": _SAMPLES,
+    "--top-p": _SAMPLES,
+    "--seed": _SAMPLES,
+    "--rest": FlagCondition(lambda given: given.save_memory is not None, "without --save-memory"),
+}
 
 
 class Mistake(ValueError):
@@ -115,6 +133,13 @@ def parse_overrides(words: list[str]) -> Overrides:
     for fault in rule_faults(found.rule):
         raise Mistake(fault.line())
     return found
+
+
+def rule_notices(rule: ReadingRule) -> list[str]:
+    """One line for each key of the update rule that is given beside ``ttt=off``."""
+    if rule.mode is not ReadingMode.off:
+        return []
+    return [f"notice: {key} has no effect with ttt=off" for key, _ in set_keys(rule)]
 
 
 @contextmanager
@@ -281,11 +306,16 @@ def run(options: argparse.Namespace, backend: "Backend[Any]") -> None:
 
 def main(arguments: list[str]) -> int:
     """The exit status: 0, or 2 for a mistake, which takes one line."""
-    options = parser().parse_intermixed_args(arguments)
+    made = parser()
+    options = made.parse_intermixed_args(arguments)
     try:
         if options.max_new_tokens < 0:
             raise Mistake(f"--max-new-tokens {options.max_new_tokens}: is below 0")
-        with backend_of(options, parse_overrides(options.overrides)) as backend:
+        overrides = parse_overrides(options.overrides)
+        if launched().is_first:
+            for line in [*flag_notices(made, options, FLAGS), *rule_notices(overrides.rule)]:
+                print(line, file=sys.stderr)
+        with backend_of(options, overrides) as backend:
             run(options, backend)
     except ValueError as error:
         return tell(error, mark_faults="error: ")

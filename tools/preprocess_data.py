@@ -20,12 +20,30 @@ from rich.progress import Progress as RichProgress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import WHOLE, OneLineParser, bounded, tell
+from megatron_ttt.config.arguments import (
+    WHOLE,
+    FlagCondition,
+    OneLineParser,
+    bounded,
+    flag_notices,
+    tell,
+)
 from megatron_ttt.config.bounds import INT32, Bound
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
 from megatron_ttt.data.shards import OnError
 
+FLAGS = {
+    "--json-key": FlagCondition(
+        lambda given: given.format in ("auto", "jsonl"), "but with --format jsonl or auto"
+    ),
+    "--column": FlagCondition(
+        lambda given: given.format in ("auto", "parquet"), "but with --format parquet or auto"
+    ),
+    "--pattern": FlagCondition(
+        lambda given: any(Path(name).is_dir() for name in given.inputs), "without a folder"
+    ),
+}
 LOG_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
@@ -75,6 +93,8 @@ def parse(arguments: list[str]) -> PreprocessOptions:
     )
     add("--overwrite", action="store_true", help="replace a dataset at PREFIX")
     given = parser.parse_args(arguments)
+    for line in flag_notices(parser, given, FLAGS):
+        print(line, file=sys.stderr)
     is_bytes = given.tokenizer == "bytes"
     return PreprocessOptions(
         inputs=tuple(given.inputs),

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import NoReturn
 
 from megatron_ttt.config.bounds import INT32, SEED, Bound
@@ -71,3 +72,37 @@ def tell(error: ValueError | OSError, *, mark_faults: str = "") -> int:
             del lines[1:]
         print("\n".join(mark + line for line in lines), file=sys.stderr)
     return MISTAKE
+
+
+@dataclass(frozen=True)
+class FlagCondition:
+    """When a flag has an effect.
+
+    Attributes:
+        acts: of the parsed arguments.
+        otherwise: under what it has none, behind "has no effect".
+    """
+
+    acts: Callable[[argparse.Namespace], bool]
+    otherwise: str
+
+
+def flag_notices(
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    conditions: Mapping[str, FlagCondition],
+) -> list[str]:
+    """One line for each flag that differs from its default and has no effect.
+
+    Args:
+        parser: that parsed them; it knows the defaults.
+        options: the arguments.
+        conditions: by the flags as they are typed; a flag without one always acts.
+    """
+    notices = []
+    for flag, condition in conditions.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        given = getattr(options, name) != parser.get_default(name)
+        if given and not condition.acts(options):
+            notices.append(f"notice: {flag} has no effect {condition.otherwise}")
+    return notices

@@ -89,7 +89,7 @@ def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     faults = list(rule_faults(rule))
     if ttt.mode is TTTMode.off:
         message = "the checkpoint has no fast weights"
-        faults += [Fault(key, value, message) for key, value in _set_keys(rule)]
+        faults += [Fault(key, value, message) for key, value in set_keys(rule)]
         if rule.mode is ReadingMode.in_place:
             faults.append(Fault("ttt.mode", rule.mode, message))
     changed = changed_rule(ttt, rule)
@@ -101,7 +101,7 @@ def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     return changed
 
 
-def _set_keys(rule: ReadingRule) -> Iterator[tuple[str, Any]]:
+def set_keys(rule: ReadingRule) -> Iterator[tuple[str, Any]]:
     """The keys that differ from the checkpoint's, ``mode`` apart."""
     values = {
         "ttt.eta": rule.eta,
@@ -125,7 +125,7 @@ def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
 
 def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
     """What no update rule may be; whether it fits the checkpoint is not asked here."""
-    for key, value in _set_keys(rule):
+    for key, value in set_keys(rule):
         complaint = RULE_BOUNDS[key].complaint(value) if key in RULE_BOUNDS else None
         if complaint is not None:
             yield Fault(key, value, complaint)

@@ -71,3 +71,46 @@ def test_missing_arguments(
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
     assert expected in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("generate nowhere --prompt x --top-k 5", ["--top-k has no effect with --temperature 0"]),
+        (
+            "generate nowhere --prompt x --temperature 1 --seed 2 --rest drop",
+            ["--rest has no effect without --save-memory"],
+        ),
+        (
+            "generate nowhere --prompt x ttt=off ttt.eta=1 ttt.clip.bound=2",
+            [
+                "ttt.eta has no effect with ttt=off",
+                "ttt.clip.bound has no effect with ttt=off",
+            ],
+        ),
+        ("generate nowhere --prompt x --max-new-tokens 3 ttt.eta=1", []),
+        (
+            "preprocess_data nowhere --output there --format text --json-key k --column c",
+            [
+                "--json-key has no effect but with --format jsonl or auto",
+                "--column has no effect but with --format parquet or auto",
+            ],
+        ),
+        ("preprocess_data nowhere --output there --pattern *", ["--pattern has no effect without"]),
+        ("preprocess_data nowhere --output there --json-key k", []),
+        (
+            "convert_checkpoint import nowhere there --dry-run --verify",
+            ["--verify has no effect with --dry-run"],
+        ),
+        ("convert_checkpoint export nowhere there --verify --shard-gib 2", []),
+    ],
+)
+def test_flags_without_effect_are_named(
+    command: str, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *words = command.split()
+    assert status_of(program, words) == 2  # there is no such folder
+    *notices, _ = capsys.readouterr().err.splitlines()
+    assert len(notices) == len(flags)
+    for notice, flag in zip(notices, flags, strict=True):
+        assert notice.startswith(f"notice: {flag}")
