@@ -135,11 +135,11 @@ def parse_overrides(words: list[str]) -> Overrides:
     return found
 
 
-def rule_notices(rule: ReadingRule) -> list[str]:
-    """One line for each key of the update rule that is given beside ``ttt=off``."""
-    if rule.mode is not ReadingMode.off:
-        return []
-    return [f"notice: {key} has no effect with ttt=off" for key, _ in set_keys(rule)]
+def idle(made: OneLineParser, options: argparse.Namespace, rule: ReadingRule) -> list[str]:
+    """One line for each flag that has no effect, and each key of the rule beside ``ttt=off``."""
+    keys = [key for key, _ in set_keys(rule)] if rule.mode is ReadingMode.off else []
+    notices = flag_notices(made, options, FLAGS)
+    return notices + [f"notice: {key} has no effect with ttt=off" for key in keys]
 
 
 @contextmanager
@@ -254,8 +254,13 @@ def check_positions(options: argparse.Namespace, backend: "Backend[Any]", last: 
         )
 
 
-def run(options: argparse.Namespace, backend: "Backend[Any]") -> None:
+def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]) -> None:
     """Read, generate, save.
+
+    Args:
+        options: the command line.
+        backend: the model.
+        notices: lines to say once no mistake has been found.
 
     Raises:
         ValueError: with one line for the user.
@@ -289,6 +294,8 @@ def run(options: argparse.Namespace, backend: "Backend[Any]") -> None:
     check_positions(options, backend, longest + options.max_new_tokens)
     stop = frozenset(options.stop_token or []) or backend.stop_tokens or {tokenizer.eod}
     printer = Printer(tokenizer, rows=len(rows), speaks=backend.speaks)
+    for notice in notices if backend.speaks else []:
+        print(notice, file=sys.stderr)
     result = generate(
         reader,
         rows,
@@ -312,11 +319,9 @@ def main(arguments: list[str]) -> int:
         if options.max_new_tokens < 0:
             raise Mistake(f"--max-new-tokens {options.max_new_tokens}: is below 0")
         overrides = parse_overrides(options.overrides)
-        if launched().is_first:
-            for line in [*flag_notices(made, options, FLAGS), *rule_notices(overrides.rule)]:
-                print(line, file=sys.stderr)
+        notices = idle(made, options, overrides.rule)
         with backend_of(options, overrides) as backend:
-            run(options, backend)
+            run(options, backend, notices)
     except ValueError as error:
         return tell(error, mark_faults="error: ")
     return 0

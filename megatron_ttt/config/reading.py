@@ -127,5 +127,6 @@ def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
     """What no update rule may be; whether it fits the checkpoint is not asked here."""
     for key, value in set_keys(rule):
         complaint = RULE_BOUNDS[key].complaint(value) if key in RULE_BOUNDS else None
-        if complaint is not None:
-            yield Fault(key, value, complaint)
+        if complaint is not None:  # nan is of no size
+            said = complaint.replace("must be at least", "must be a number of at least")
+            yield Fault(key, value, said if value != value else complaint)

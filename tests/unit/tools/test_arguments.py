@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tools import generate
+
 NUMBERS = {
     "benchmark fast-weight-layer": ["--hidden", "--tokens", "--chunk", "--repeats"],
     "benchmark checkpoint": ["--hidden", "--layers", "--repeats"],
@@ -76,19 +78,6 @@ def test_missing_arguments(
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
-        ("generate nowhere --prompt x --top-k 5", ["--top-k has no effect with --temperature 0"]),
-        (
-            "generate nowhere --prompt x --temperature 1 --seed 2 --rest drop",
-            ["--rest has no effect without --save-memory"],
-        ),
-        (
-            "generate nowhere --prompt x ttt=off ttt.eta=1 ttt.clip.bound=2",
-            [
-                "ttt.eta has no effect with ttt=off",
-                "ttt.clip.bound has no effect with ttt=off",
-            ],
-        ),
-        ("generate nowhere --prompt x --max-new-tokens 3 ttt.eta=1", []),
         (
             "preprocess_data nowhere --output there --format text --json-key k --column c",
             [
@@ -114,3 +103,22 @@ def test_flags_without_effect_are_named(
     assert len(notices) == len(flags)
     for notice, flag in zip(notices, flags, strict=True):
         assert notice.startswith(f"notice: {flag}")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--top-k 5", ["--top-k has no effect with --temperature 0"]),
+        ("--temperature 1 --seed 2 --rest drop", ["--rest has no effect without --save-memory"]),
+        (
+            "ttt=off ttt.eta=1 ttt.clip.bound=2",
+            ["ttt.eta has no effect with ttt=off", "ttt.clip.bound has no effect with ttt=off"],
+        ),
+        ("--max-new-tokens 3 ttt.eta=1", []),
+    ],
+)
+def test_what_has_no_effect_on_generation(words: str, expected: list[str]) -> None:
+    parser = generate.parser()
+    options = parser.parse_intermixed_args(["model", "--prompt", "x", *words.split()])
+    rule = generate.parse_overrides(options.overrides).rule
+    assert generate.idle(parser, options, rule) == [f"notice: {line}" for line in expected]
