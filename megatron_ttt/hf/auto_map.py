@@ -20,6 +20,7 @@ MODULES = (
     "fast_weights.sweeps",
     "fast_weights.target",
     "fast_weights.update",
+    "fast_weights.upload",
     "hf.cache",
     "hf.configuration",
     "hf.mlp",
