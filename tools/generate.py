@@ -43,6 +43,7 @@ from megatron_ttt.config.reading import (
 )
 from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.locks import Occupied, acquire
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
 if TYPE_CHECKING:
@@ -311,6 +312,29 @@ def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]
         backend.save_memory(options.save_memory, reader, Unfinished(options.rest))
 
 
+@contextmanager
+def session_held(session: Path | None) -> Iterator[None]:
+    """Be the only one that continues a session: the later of two would undo the earlier.
+
+    Raises:
+        Mistake: another process continues it, or its folder cannot be written.
+    """
+    if session is None:
+        yield
+        return
+    path = session.with_name(f"{session.name}.{launched().rank}.lock")
+    try:
+        lock = acquire(path, lambda line: print(line, file=sys.stderr))
+    except Occupied as error:
+        raise Mistake(f"--session {session}: {error}") from error
+    except OSError as error:
+        raise Mistake(f"--session {session}: cannot be written: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def main(arguments: list[str]) -> int:
     """The exit status: 0, or 2 for a mistake, which takes one line."""
     made = parser()
@@ -320,7 +344,7 @@ def main(arguments: list[str]) -> int:
             raise Mistake(f"--max-new-tokens {options.max_new_tokens}: is below 0")
         overrides = parse_overrides(options.overrides)
         notices = idle(made, options, overrides.rule)
-        with backend_of(options, overrides) as backend:
+        with session_held(options.session), backend_of(options, overrides) as backend:
             run(options, backend, notices)
     except ValueError as error:
         return tell(error, mark_faults="error: ")

@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.locks import Occupied, held
 
 PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
@@ -46,7 +48,7 @@ class WorkFolder:
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
             raise ConfigError([Fault("destination", final, "exists and is not empty")])
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
-        with writing(self.path):
+        with _in_words(self.path):
             if not self._continue(digest):
                 if self.path.exists():
                     shutil.rmtree(self.path)
@@ -111,12 +113,22 @@ class WorkFolder:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the system's refusals (full disk, read-only folder) into one line for the user.
+def writing(final: Path) -> Iterator[None]:
+    """Be the only process that writes a destination, and turn refusals into one line for the user.
 
     Raises:
-        ConfigError: naming the folder and the reason.
+        ConfigError: another process writes it, or the system refuses (full disk, read-only folder).
     """
+    lock = final.with_name(f"{final.name}.lock")
+    try:
+        with _in_words(final), held(lock, lambda line: print(line, file=sys.stderr)):
+            yield
+    except Occupied as error:
+        raise ConfigError([Fault("destination", final, str(error))]) from error
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from megatron_ttt.evaluation.subject import (
     open_subject,
     row_length,
 )
+from megatron_ttt.training.run_folder import first_rank_holds
 
 _OUTPUTS = Path("outputs/evaluation")  # of checkpoints that no run wrote
 
@@ -135,14 +137,15 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
     with open_subject(source, config, length=longest) as subject:
         console = Console(quiet=not subject.ranks.is_first)
         console.print(f"{config.task.name} of {source.path}", highlight=False, soft_wrap=True)
-        report = task.run(subject, config)
-        print_report(report, console)
-        if subject.ranks.is_first:
-            folder = output_folder(source, config)
-            about = _about(source, subject, config)
-            files = write_report(report, folder, name=file_name(config), about=about)
-            names = ", ".join(str(file) for file in files)
-            console.print(f"wrote {names}", highlight=False, soft_wrap=True)
+        folder, name = output_folder(source, config), file_name(config)
+        lock, say = folder / f"{name}.lock", partial(console.print, highlight=False, soft_wrap=True)
+        with first_rank_holds(lock, subject.ranks, say, key=("output", str(folder))):
+            report = task.run(subject, config)
+            print_report(report, console)
+            if subject.ranks.is_first:
+                about = _about(source, subject, config)
+                files = write_report(report, folder, name=name, about=about)
+                say(f"wrote {', '.join(str(file) for file in files)}")
     return report
 
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +36,9 @@ from megatron_ttt.training.distributed import Ranks, distributed
 from megatron_ttt.training.flops import training_flops
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
 from megatron_ttt.training.progress import Progress
-from megatron_ttt.training.resilience import STOPPED, StopRequest, on_first_rank
+from megatron_ttt.training.resilience import STOPPED, Displaced, StopRequest, on_first_rank
 from megatron_ttt.training.resume import start
+from megatron_ttt.training.run_folder import sole_writer
 from megatron_ttt.training.schedule import lr_schedule
 from megatron_ttt.training.step import (
     ForwardStep,
@@ -120,7 +121,8 @@ def pretrain(config: Config, given: Collection[str] = ()) -> int:
 
     ``given`` are the dotted keys that the user gave: what is a choice where a checkpoint differs.
 
-    0: all steps done. 1: a checkpoint could not be saved, or a loss is not finite.
+    0: all steps done. 1: a checkpoint could not be saved, a loss is not finite, or another run has
+    taken over the folder of this one, which had shown no sign of life.
     :data:`~.resilience.STOPPED`: asked to stop, saved, to be started again.
 
     Raises:
@@ -131,9 +133,10 @@ def pretrain(config: Config, given: Collection[str] = ()) -> int:
         stack.enter_context(resilience.deterministic(config.run.deterministic))
         ranks = stack.enter_context(distributed(config))
         console = Console(quiet=not ranks.is_first)
+        report = partial(console.print, **PLAIN)
+        ours = stack.enter_context(sole_writer(config, ranks, report))
         trainer = build_trainer(config, ranks)
         source, identity = open_corpus(config, ranks)
-        report = partial(console.print, **PLAIN)
         progress = start(config, trainer.state, ranks, report, data=identity, given=given)
         data = open_data(config, source, ranks, progress)
         reporter = None
@@ -142,9 +145,9 @@ def pretrain(config: Config, given: Collection[str] = ()) -> int:
             stack.callback(reporter.close)
         saver = build_saver(trainer, console, data=identity)
         try:
-            done = train(trainer, data, progress, reporter, saver, stop)
+            done = train(trainer, data, progress, reporter, saver, stop, ours=ours)
             saver.finish()
-        except (SaveFailed, FloatingPointError) as error:
+        except (SaveFailed, FloatingPointError, Displaced) as error:
             Console(stderr=True, quiet=not ranks.is_first).print(str(error), **PLAIN)
             return 1
         if not done:
@@ -258,8 +261,13 @@ def train(
     reporter: Reporter | None,
     saver: CheckpointSaver,
     stop: StopRequest,
+    *,
+    ours: Callable[[], bool],
 ) -> bool:
     """Steps, validations and checkpoints until ``train.steps`` are done, or a stop is asked for.
+
+    Args:
+        ours: whether the run's folder still is.
 
     Returns:
         Whether all steps are done. Either way the last one is saved, or being saved.
@@ -269,6 +277,7 @@ def train(
         began, lr = time.monotonic(), trainer.lr
         loss, grad_norm, observations = trainer.train_step(data.train_iterator)
         check_finite(loss.mean, grad_norm, step)
+        asked = stop.ranks_agree(trainer.ranks, displaced=not ours())  # before anything is written
         progress = progress.after_step(
             config.train.global_batch_size, seq_length=config.train.seq_length
         )
@@ -288,7 +297,7 @@ def train(
         if config.logging.sample_ids:
             _log_samples(trainer, step, observations)
         saver.poll()
-        stopping = step < config.train.steps and stop.ranks_agree(trainer.ranks)
+        stopping = asked and step < config.train.steps
         interval = config.checkpoint.interval
         due = interval is not None and step % interval == 0
         if due or stopping or step == config.train.steps:

@@ -31,16 +31,26 @@ ECHO_SECONDS = 5.0
 Value = TypeVar("Value")
 
 
+class Displaced(Exception):
+    """This run showed no sign of life for long, and another one writes into its folder now."""
+
+
 class StopRequest:
     """Whether this process was asked to stop."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
-    def ranks_agree(self, ranks: Ranks) -> bool:
-        """Whether any rank was asked; every rank calls it at the same point and hears the same."""
-        asked = torch.tensor(int(self._since is not None), device=ranks.device)
+    def ranks_agree(self, ranks: Ranks, *, displaced: bool = False) -> bool:
+        """Whether any rank was asked; every rank calls it at the same point and hears the same.
+
+        Raises:
+            Displaced: any rank says so.
+        """
+        asked = torch.tensor(2 * displaced or int(self._since is not None), device=ranks.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        if asked.item() == 2:
+            raise Displaced("another run has taken over run.dir; nothing more is written there")
         return bool(asked.item())
 
     def hear(self, number: int, frame: FrameType | None) -> None:

@@ -189,3 +189,31 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     assert life.wait() == 2
     assert "run.dir=/proc/no/such/place: cannot be written to" in life.text
     assert "Traceback" not in life.text
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_start_leaves_the_first_alone(tmp_path: Path, ranks: int) -> None:
+    """One line, from whichever launcher, while the first saves at every step."""
+    run = Run(tmp_path / "run", ["checkpoint.interval=1", "checkpoint.keep_last=2"])
+    first = run.start()
+    first.when(lambda: run.steps() >= 1)
+    second = run.start(ranks=ranks)
+    assert second.wait() == 2
+    (line,) = second.text.splitlines()
+    assert line.startswith(f"run.dir={run.folder}: is being written by ")
+    assert f"pid {first.processes[0].pid}" in line
+    assert first.processes[0].is_alive(), "the first was over before the second was told"
+    assert first.wait() == 0, first.text
+    assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
+    assert not (run.folder / "writer.lock").exists()
+
+
+def test_what_is_in_the_way_is_found_before_the_first_step(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.folder.mkdir()
+    run.checkpoints.symlink_to(tmp_path / "nothing")
+    life = run.start()
+    assert life.wait() == 2
+    (line,) = life.text.splitlines()
+    assert line.startswith(f"run.dir={run.folder}: {run.checkpoints} is not a folder")
+    assert [path.name for path in run.folder.iterdir()] == ["checkpoints"], "something was written"
