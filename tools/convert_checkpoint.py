@@ -8,6 +8,7 @@ python tools/convert_checkpoint.py diff exported Qwen3-4B-Base
 
 import argparse
 import importlib.util
+import math
 import os
 import sys
 import warnings
@@ -60,6 +61,8 @@ def add_import(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="layers that get a target generator, or none (default: those of the source, or every"
         " sixth)",
     )
+    add("--ttt-chunk", type=int, metavar="TOKENS", help="ttt.chunk_size, instead of the source's")
+    add("--ttt-eta", type=float, metavar="ETA", help="ttt.eta, instead of the source's")
     add(
         "--seed",
         type=SEED_NUMBER,
@@ -129,7 +132,13 @@ def run_import(arguments: argparse.Namespace) -> int:
     from megatron_ttt.conversion.source import MegatronView, described_ttt
 
     source = HFFolder(arguments.source)
-    target, wanted = described_ttt(source, layers=_layers(arguments.ttt_layers))
+    _check_rule(arguments.ttt_chunk, arguments.ttt_eta)
+    target, wanted = described_ttt(
+        source,
+        layers=_layers(arguments.ttt_layers),
+        chunk_size=arguments.ttt_chunk,
+        eta=arguments.ttt_eta,
+    )
     name = arguments.model or arguments.source.resolve().name
     view = MegatronView(source, target=target, seed=arguments.seed, name=name)
     if arguments.model is not None:
@@ -184,11 +193,15 @@ def run_export(arguments: argparse.Namespace) -> int:
         for step in steps:
             step(folder)
 
+    companions_from = arguments.tokenizer or origin(source)
+    if companions_from is None:
+        message = "no tokenizer or generation files: where the model began is not known, or gone"
+        print(f"warning: {message}; --tokenizer DIR adds them", file=sys.stderr)
     with _progress(sum(piece.bytes for piece in view.pieces)) as report:
         export_checkpoint(
             view,
             arguments.destination,
-            companions_from=arguments.tokenizer or origin(source),
+            companions_from=companions_from,
             style=style,
             report=report,
             shard_bytes=int(arguments.shard_gib * 2**30),
@@ -222,6 +235,13 @@ def _layers(text: str | None) -> list[int] | None:
     except ValueError:
         message = "must be numbers such as 0,6,12, or none"
         raise ConfigError([Fault("--ttt-layers", text, message)]) from None
+
+
+def _check_rule(chunk_size: int | None, eta: float | None) -> None:
+    if chunk_size is not None and chunk_size < 1:
+        raise ConfigError([Fault("--ttt-chunk", chunk_size, "must be at least 1")])
+    if eta is not None and not 0 <= eta < math.inf:
+        raise ConfigError([Fault("--ttt-eta", eta, "must be a finite number of at least 0")])
 
 
 def _configured_model(name: str) -> "ModelConfig":

@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import ModelConfig, TTTConfig
-from megatron_ttt.conversion.hf_config import TTT_SUFFIX, hf_from_model
+from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
+from megatron_ttt.conversion.hf_config import (
+    TTT_SUFFIX,
+    check_agreement,
+    hf_from_model,
+    model_from_hf,
+)
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, WEIGHTS, companions, read_json
 from megatron_ttt.conversion.importing import Report
 from megatron_ttt.conversion.mapping import Mapping, build_mapping
@@ -27,7 +32,14 @@ SHARD_BYTES = 4 << 30
 KERNEL_SIZE = 5
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a source's config.json: the other spelling of what we write, and what we decide.
-_REPLACED = ("rope_parameters", "layer_types", "dtype", "torch_dtype", "auto_map")
+_REPLACED = (
+    "rope_parameters",
+    "original_max_position_embeddings",
+    "layer_types",
+    "dtype",
+    "torch_dtype",
+    "auto_map",
+)
 
 
 class Style(Enum):
@@ -115,11 +127,27 @@ class HFView:
                 rows = self.folder.rows(key, run.start + start, run.start + stop)
                 yield rows.to(piece.dtype).contiguous()
 
-    def config(self, source: dict[str, Any] | None, style: Style) -> dict[str, Any]:
-        """``config.json``: what the source's says beyond the architecture, and our own."""
+    def config(
+        self, source: dict[str, Any] | None, style: Style, *, where: str = "config.json"
+    ) -> dict[str, Any]:
+        """``config.json``: what the source's says beyond the architecture, and our own.
+
+        Args:
+            source: content of a ``config.json``, if there is one.
+            style: see :class:`Style`.
+            where: of the source, named in errors.
+
+        Raises:
+            ConfigError: what the source says would change the function, or the reference
+                implementation has no such update rule.
+        """
+        if style is Style.reference:
+            _check_reference(self.ttt)
         config = {key: value for key, value in (source or {}).items() if key not in _REPLACED}
         config = {key: value for key, value in config.items() if not key.startswith("ttt_")}
         config |= hf_from_model(self.model)
+        read = model_from_hf(config, name=self.model.name, where=where)
+        check_agreement(self.model, read, where)
         dtypes = [piece.dtype for piece in self.pieces]
         config["torch_dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
         keys = hf_from_ttt(self.ttt, layers=self.model.layers)
@@ -179,7 +207,7 @@ def export_checkpoint(
     source = None
     if companions_from is not None and (companions_from / CONFIG).exists():
         source = read_json(companions_from / CONFIG)
-    config = view.config(source, style)
+    config = view.config(source, style, where=f"{companions_from}/{CONFIG}")
     shards = shards_of(view.pieces, shard_bytes)
     metadata = view.folder.path / ".metadata"
     job = {
@@ -202,11 +230,33 @@ def export_checkpoint(
         if len(shards) > 1:
             folder.write_text(INDEX, weights_index(shards))
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
-        for path in companions(companions_from) if companions_from is not None else []:
-            folder.copy(path, path.name)
+        if companions_from is not None:
+            for file in companions(companions_from):
+                folder.copy(companions_from / file, file)
         if before_publish is not None:
             before_publish(folder.path)
         folder.publish()
+
+
+def _check_reference(ttt: TTTConfig) -> None:
+    """
+    Raises:
+        ConfigError: the update rule has parts that the reference implementation would leave out.
+    """
+    usual = TTTConfig()
+    parts = {
+        "ttt.normalize": (ttt.normalize, usual.normalize),
+        "ttt.decay": (ttt.decay, usual.decay),
+        "ttt.clip.mode": (ttt.clip.mode, usual.clip.mode),
+    }
+    message = "the reference implementation has none: --style package exports it"
+    faults = [
+        Fault(key, value, message)
+        for key, (value, none) in parts.items()
+        if ttt.mode is not TTTMode.off and value != none
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def shards_of(pieces: list[Piece], limit: int) -> dict[str, list[Piece]]:

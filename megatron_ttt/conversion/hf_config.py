@@ -1,19 +1,21 @@
-"""``config.json`` <-> :class:`ModelConfig`, both ways, for every ``transformers`` since 4.56.
+"""``config.json`` <-> :class:`ModelConfig`, both ways, as ``transformers`` from 5.20 on reads it.
 
 What our schema cannot express is refused by name, never dropped: a checkpoint that "matches" with
-other rotary frequencies or a forgotten bias is the classic silent fault of conversions.
+other rotary frequencies or a forgotten bias is the classic silent fault of conversions. A key that
+is absent means what it means to the family's class in ``transformers``.
 """
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from megatron_ttt.config.derived import attention_factor
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.schema import Family, ModelConfig, RopeConfig, RopeScaling
+from megatron_ttt.conversion.config_values import Values, shown
 from megatron_ttt.conversion.families import FAMILIES
-from megatron_ttt.conversion.families.decoder import Bias, Window
+from megatron_ttt.conversion.families.decoder import Bias, FamilyTable, Window
+from megatron_ttt.conversion.hf_rope import rope_fields, rope_from_hf, scaling_keys
 
 TTT_SUFFIX = "_ttt"  # of model_type, in models exported with fast weights
 _NAMES = {
@@ -43,22 +45,42 @@ _NAMES = {
 }
 # Keys by which a run may differ from a published model by choice.
 CHOICES = ("model.sliding_window",)
-_REQUIRED = (
-    "model_type",
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "vocab_size",
-    "max_position_embeddings",
-)
-# Values of the other keys that our model computes; any other value is refused.
-_FIXED = {
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
+# Values of the other keys that our model computes; any other value is refused. The lower ones mean
+# nothing to these families' own classes in ``transformers`` but something to other programs that
+# read the file, so no two of them would compute the same.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "mlp_bias": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "pretraining_tp": (1, None),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "per_layer_config": (None,),
+    "kv_sharing_modes": (None,),
+    "attention_chunk_size": (None,),
+    "fusion_config": (None,),
+    "transformers_weights": (None,),
+    "text_config": (None,),
+    "text_encoder": (None,),
+    "decoder": (None,),
+    "generator": (None,),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "logit_scale": (1.0, None),
+    "logits_scaling": (1.0, None),
+    "embedding_multiplier": (1.0, None),
+    "residual_multiplier": (1.0, None),
+    "attention_multiplier": (None,),
+    "final_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
+    "query_pre_attn_scalar": (None,),
+    "num_experts": (0, None),
+    "num_local_experts": (0, None),
 }
+_KINDS = ("full_attention", "sliding_attention")
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+MOST_LAYERS = 10_000
+MOST_HEADS = 2**16
 
 
 def model_from_hf(config: dict[str, Any], *, name: str, where: str) -> ModelConfig:
@@ -70,40 +92,48 @@ def model_from_hf(config: dict[str, Any], *, name: str, where: str) -> ModelConf
         where: named in errors.
 
     Raises:
-        ConfigError: an unknown family, missing keys, or values our model has no place for.
+        ConfigError: an unknown family, missing keys, values of a wrong type, or values our model
+            has no place for: one fault for each.
     """
-    missing = [key for key in _REQUIRED if config.get(key) is None]
-    if missing:
-        raise ConfigError([Fault(where, ",".join(missing), "missing from its config.json")])
-    family = _family(config, where)
-    config = {**FAMILIES[family].defaults, **config}
-    faults = list(_refusals(config, family, where))
-    if faults:
-        raise ConfigError(faults)
+    values = Values(config, where)
+    family = _family(values)
     table = FAMILIES[family]
-    heads = config["num_attention_heads"]
+    _refuse_others(values, table)
+    heads = values.integer("num_attention_heads", most=MOST_HEADS)
+    hidden = values.integer("hidden_size")
+    layers = values.integer("num_hidden_layers", most=MOST_LAYERS)
+    positions = values.integer("max_position_embeddings")
     biased = table.bias is Bias.ALWAYS
     if table.bias is Bias.CONFIGURED:
-        biased = bool(config.get("attention_bias", False))
-    return ModelConfig(
+        biased = values.boolean("attention_bias", False)
+    model = ModelConfig(
         name=name,
         family=family,
-        layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+        layers=layers,
+        hidden_size=hidden,
+        ffn_hidden_size=values.integer("intermediate_size"),
         heads=heads,
-        kv_groups=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        max_positions=config["max_position_embeddings"],
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        kv_groups=values.integer(
+            "num_key_value_heads", table.kv_groups or heads, null=heads, most=MOST_HEADS
+        ),
+        head_dim=_head_dim(values, table, hidden, heads),
+        vocab_size=values.integer("vocab_size"),
+        max_positions=positions,
+        norm_epsilon=values.number("rms_norm_eps", 1e-6),
         qk_norm=table.query_key_norms,
         attention_bias=biased,
-        tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        sliding_window=_window(config, family),
-        initializer_range=config.get("initializer_range", 0.02),
-        rope=_rope(config, where),
+        tied_embeddings=values.boolean("tie_word_embeddings", False),
+        sliding_window=_window(values, table, layers),
+        initializer_range=values.number("initializer_range", 0.02),
+        rope=rope_from_hf(values, max_positions=positions),
     )
+    if model.heads % model.kv_groups:
+        values.fault("num_key_value_heads", f"must divide num_attention_heads={heads}")
+    if model.head_dim % 2:
+        key = "head_dim" if "head_dim" in config else "hidden_size"
+        values.fault(key, "heads must have an even number of dimensions")
+    values.check()
+    return model
 
 
 def hf_from_model(model: ModelConfig) -> dict[str, Any]:
@@ -143,7 +173,7 @@ def hf_from_model(model: ModelConfig) -> dict[str, Any]:
         "initializer_range": model.initializer_range,
         "hidden_act": "silu",
         "rope_theta": model.rope.base,
-        "rope_scaling": _rope_scaling(model.rope),
+        "rope_scaling": scaling_keys(model.rope),
     }
     if table.bias is Bias.CONFIGURED:
         config["attention_bias"] = model.attention_bias
@@ -184,8 +214,8 @@ def check_agreement(
     for name, value in ours.items():
         if name in ignored or _same(value, theirs[name]):
             continue
-        shown = theirs[name].name if hasattr(theirs[name], "name") else theirs[name]
-        message = f"the checkpoint has {_NAMES[name]}={shown} ({where})"
+        read = theirs[name].name if hasattr(theirs[name], "name") else theirs[name]
+        message = f"the checkpoint has {_NAMES[name]}={read} ({where})"
         if f"model.{name}" in chosen:
             notices.append(f"notice: model.{name}={show(value)}, {message}")
             continue
@@ -209,7 +239,7 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
     for field in fields(model):
         value = getattr(model, field.name)
         if is_dataclass(value):
-            used = {"base", "scaling", *_rope_fields(model.rope.scaling)}
+            used = {"base", "scaling", *rope_fields(model.rope.scaling)}
             for inner in fields(value):
                 plain = getattr(RopeConfig(), inner.name)
                 kept = getattr(value, inner.name) if inner.name in used else plain
@@ -219,103 +249,97 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
     return flat
 
 
-def _rope_fields(scaling: RopeScaling) -> tuple[str, ...]:
-    if scaling is RopeScaling.llama3:
-        return ("factor", "original_max_positions", "low_freq_factor", "high_freq_factor")
-    if scaling is RopeScaling.yarn:
-        return ("factor", "original_max_positions", "beta_fast", "beta_slow")
-    return ()
-
-
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) or isinstance(theirs, float):
         return ours is not None and theirs is not None and math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)
 
 
-def _family(config: dict[str, Any], where: str) -> Family:
-    model_type = str(config["model_type"]).removesuffix(TTT_SUFFIX)
+def _family(values: Values) -> Family:
+    """
+    Raises:
+        ConfigError: at once, since every other key depends on it.
+    """
+    given = values.content.get("model_type")
+    model_type = given.removesuffix(TTT_SUFFIX) if isinstance(given, str) else None
     for family, table in FAMILIES.items():
         if table.model_type == model_type:
             return family
     known = ", ".join(table.model_type for table in FAMILIES.values())
-    raise ConfigError([Fault(where, config["model_type"], f"unknown model_type; known: {known}")])
+    message = f"unknown model_type; known: {known}"
+    raise ConfigError([Fault(f"{values.where}: model_type", shown(given), message)])
 
 
-def _refusals(config: dict[str, Any], family: Family, where: str) -> Iterator[Fault]:
-    for key, value in _FIXED.items():
-        if config.get(key, value) not in (value, None):
-            yield Fault(f"{where}: {key}", config[key], f"must be {value}")
-    if config.get("quantization_config") is not None:
-        yield Fault(f"{where}: quantization_config", "set", "quantized weights do not convert")
-    window = FAMILIES[family].window is Window.SWITCHED and config.get("use_sliding_window")
-    if window and config["sliding_window"] is not None and len(_kinds(config)) > 1:
-        yield Fault(
-            f"{where}: max_window_layers",
-            config["max_window_layers"],
-            "a window in some layers only is not supported; it must be 0",
-        )
+def _refuse_others(values: Values, table: FamilyTable) -> None:
+    """Note what would make ``transformers``, or another reader, compute something else."""
+    content = values.content
+    for key, allowed in _FIXED.items():
+        value = content.get(key, allowed[0])
+        if not any(
+            value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
+        ):
+            values.fault(key, f"must be {shown(allowed[0])}: nothing else is computed here")
+    for key in ("dtype", "torch_dtype"):  # tensors keep their own, but it must be one
+        if content.get(key) is not None:
+            values.text(key, "", DTYPES)
+    ours = str(content["model_type"]).endswith(TTT_SUFFIX)
+    if ours or any(key.startswith("ttt_") for key in content):
+        return  # the reference implementation brings classes of its own, and so do we
+    names = values.entries("architectures", str)
+    right = (table.architecture, table.architecture.replace("ForCausalLM", "TTTForCausalLM"))
+    if names and not set(names) & set(right):
+        message = f"model_type={table.model_type} is {right[0]}: one of the two is wrong"
+        values.fault("architectures", message)
+    if content.get("auto_map") is not None:
+        message = "the model's own code decides what it computes: remove the key if it is plain"
+        values.fault("auto_map", f"{message} {right[0]}")
 
 
-def _kinds(config: dict[str, Any]) -> set[str]:
-    """Kinds of attention among the layers of a family that can switch its window on."""
-    given = config.get("layer_types")
-    if given:
-        return set(given)
-    first, layers = config["max_window_layers"], config["num_hidden_layers"]
-    return {"sliding_attention" if layer >= first else "full_attention" for layer in range(layers)}
+def _head_dim(values: Values, table: FamilyTable, hidden: int, heads: int) -> int:
+    """Of one head; a key of its own, or what the hidden size leaves for each."""
+    whole = hidden // heads
+    if values.content.get("head_dim") is None and table.head_dim is None:
+        if hidden % heads:
+            values.fault("hidden_size", f"must be a multiple of num_attention_heads={heads}")
+        return max(1, whole)
+    dim: int = values.integer("head_dim", table.head_dim)
+    return dim
 
 
-def _window(config: dict[str, Any], family: Family) -> int | None:
-    kind = FAMILIES[family].window
-    if kind is Window.NEVER:
+def _window(values: Values, table: FamilyTable, layers: int) -> int | None:
+    """The window of all layers, or ``None``; a window in some of them is a fault."""
+    kinds = values.entries("layer_types", str)
+    if kinds is not None and (len(kinds) != layers or not set(kinds) <= set(_KINDS)):
+        values.fault("layer_types", f"must be {layers} times full_attention or sliding_attention")
         return None
-    if kind is Window.SWITCHED and not (
-        config.get("use_sliding_window") and "sliding_attention" in _kinds(config)
-    ):
-        return None
-    window: int | None = config.get("sliding_window")
+    window: int | None = None
+    if table.window is Window.NEVER:
+        if values.content.get("sliding_window") is not None:
+            values.fault("sliding_window", f"{table.architecture} has none: must be null")
+    elif table.window is Window.PLAIN:
+        window = values.integer("sliding_window", 4096, null=None)
+    elif values.boolean("use_sliding_window", False):
+        window = values.integer("sliding_window", 4096, null=None)
+        first = _first_window(values)
+        if kinds is None:
+            kinds = [_KINDS[window is not None and layer >= first] for layer in range(layers)]
+        if len(set(kinds)) > 1:
+            message = "a window in some layers only is not supported"
+            values.fault(
+                "layer_types" if "layer_types" in values.content else "max_window_layers", message
+            )
+            return None
+        if kinds[0] == "full_attention":
+            return None
+    if kinds is not None and set(kinds) != {_KINDS[window is not None]}:
+        values.fault("layer_types", f"does not fit sliding_window={shown(window)}")
     return window
 
 
-def _rope(config: dict[str, Any], where: str) -> RopeConfig:
-    """Both spellings: ``rope_parameters`` (5) and ``rope_theta`` with ``rope_scaling`` (4)."""
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = given.pop("rope_theta", config.get("rope_theta", 10000.0))
-    kind = given.pop("rope_type", None) or given.pop("type", None) or "default"
-    given.pop("type", None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError([Fault(f"{where}: partial_rotary_factor", "below 1", "must be 1.0")])
-    if kind == "default":
-        return RopeConfig(base=float(base))
-    if kind not in (RopeScaling.llama3.value, RopeScaling.yarn.value):
-        message = "unknown rotary scaling; known: default, llama3, yarn"
-        raise ConfigError([Fault(f"{where}: rope_type", kind, message)])
-    rope = RopeConfig(base=float(base), scaling=RopeScaling(kind))
-    original = given.pop("original_max_position_embeddings", None)
-    rope.original_max_positions = original or config["max_position_embeddings"]
-    for field in _rope_fields(rope.scaling):
-        if field != "original_max_positions" and given.get(field) is not None:
-            setattr(rope, field, float(given.pop(field)))
-    usual: dict[str, Any] = {"truncate": True}
-    if kind == "yarn":
-        usual["attention_factor"] = attention_factor(rope)
-    unknown = {
-        key: value
-        for key, value in given.items()
-        if value is not None and not (key in usual and _same(value, usual[key]))
-    }
-    if unknown:
-        faults = [Fault(f"{where}: {key}", unknown[key], "not supported") for key in unknown]
-        raise ConfigError(faults)
-    return rope
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling is RopeScaling.none:
-        return None
-    scaling: dict[str, Any] = {"rope_type": rope.scaling.value}
-    for field in _rope_fields(rope.scaling):
-        name = "original_max_position_embeddings" if field == "original_max_positions" else field
-        scaling[name] = getattr(rope, field)
-    return scaling
+def _first_window(values: Values) -> int:
+    """``max_window_layers``, which may be 0: the first layer with a window."""
+    first = values.content.get("max_window_layers", 28)
+    if not isinstance(first, int) or isinstance(first, bool):
+        values.fault("max_window_layers", "must be a whole number")
+        return 0
+    return first

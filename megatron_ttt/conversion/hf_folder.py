@@ -6,6 +6,7 @@ memory: a file kept open keeps every page that was ever read mapped.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,31 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.conversion.config_values import shown
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Files beside the weights that travel with a model.
+ADAPTER = "adapter_config.json"
+# Files beside the weights that travel with a model, wherever transformers looks for them.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "tokenizer.model",
+    "tokenizer.model*",  # with the versions that Mistral numbers
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
 )
+_POINTER = b"version https://git-lfs"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -70,7 +79,11 @@ class HFFolder:
         self.config = read_json(path / CONFIG)
         self.tensors: dict[str, StoredTensor] = {}
         for file in self._files():
-            self.tensors.update(self._header(file))
+            for name, tensor in self._header(file):
+                if name in self.tensors:
+                    message = f"{name} is in {self.tensors[name].file} and in {file}: keep one"
+                    raise ConfigError([Fault("checkpoint", path, message)])
+                self.tensors[name] = tensor
         self._check_index()
 
     def rows(
@@ -96,24 +109,42 @@ class HFFolder:
                     part = piece[start:stop, columns[0] : columns[1]]
                 return part.clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
+            raise damaged_weights(path, error) from error
 
     def _files(self) -> list[str]:
-        index = self.path / INDEX
-        if not index.exists():
-            if (self.path / WEIGHTS).exists():
+        """The files of weights that ``transformers`` takes; two answers are refused."""
+        if (self.path / ADAPTER).exists():
+            message = f"holds an adapter ({ADAPTER}): merge it into its model first"
+            raise ConfigError([Fault("checkpoint", self.path, message)])
+        single, index = (self.path / WEIGHTS).is_file(), (self.path / INDEX).is_file()
+        if not index:
+            if single:
                 return [WEIGHTS]
             message = f"has neither {WEIGHTS} nor {INDEX}; only safetensors are read"
             raise ConfigError([Fault("checkpoint", self.path, message)])
-        weights = read_json(index).get("weight_map")
-        if not isinstance(weights, dict) or not weights:
-            raise ConfigError([Fault("checkpoint", index, "has no weight_map")])
-        files = sorted(set(weights.values()))
+        files = self._indexed_files()
+        if single and files != [WEIGHTS]:
+            message = (
+                f"has {WEIGHTS}, which transformers reads, and {INDEX}, which names other files:"
+                " keep one of them"
+            )
+            raise ConfigError([Fault("checkpoint", self.path, message)])
         missing = [file for file in files if not (self.path / file).is_file()]
         if missing:
             message = f"{len(missing)} of {len(files)} files are missing: {', '.join(missing)}"
             raise ConfigError([Fault("checkpoint", self.path, message)])
         return files
+
+    def _indexed_files(self) -> list[str]:
+        index = self.path / INDEX
+        weights = read_json(index).get("weight_map")
+        if not isinstance(weights, dict) or not weights:
+            raise ConfigError([Fault("checkpoint", index, "has no weight_map")])
+        for name, file in weights.items():
+            if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+                message = f"its weight_map gives {shown(file)} for {name}: a file of this folder"
+                raise ConfigError([Fault("checkpoint", index, message)])
+        return sorted(set(weights.values()))
 
     def _header(self, file: str) -> Iterator[tuple[str, StoredTensor]]:
         path = self.path / file
@@ -127,11 +158,11 @@ class HFFolder:
                         raise ConfigError([Fault("checkpoint", path, message)])
                     yield name, StoredTensor(file, tuple(piece.get_shape()), _DTYPES[kind])
         except (SafetensorError, OSError) as error:
-            raise damaged(path, error) from error
+            raise damaged_weights(path, error) from error
 
     def _check_index(self) -> None:
         index = self.path / INDEX
-        if not index.exists():
+        if not index.is_file():
             return
         weights = read_json(index)["weight_map"]
         lost = [name for name in weights if name not in self.tensors]
@@ -140,9 +171,10 @@ class HFFolder:
             raise ConfigError([Fault("checkpoint", self.path, message)])
 
 
-def companions(path: Path) -> list[Path]:
-    """Tokenizer and generation files of a folder."""
-    return [path / name for name in COMPANIONS if (path / name).is_file()]
+def companions(path: Path) -> list[str]:
+    """Tokenizer, template, generation and licence files of a folder, by their names in it."""
+    found = [file for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()]
+    return sorted({str(file.relative_to(path)) for file in found})
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -152,12 +184,14 @@ def read_json(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or holds something else.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         message = f"{path.name} is missing"
         raise ConfigError([Fault("checkpoint", path.parent, message)]) from None
     except (OSError, ValueError) as error:
         raise damaged(path, error) from error
+    except RecursionError:
+        raise ConfigError([Fault("checkpoint", path, "is nested too deeply")]) from None
     if not isinstance(content, dict):
         raise ConfigError([Fault("checkpoint", path, "holds no JSON object")])
     return content
@@ -166,3 +200,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def damaged(path: Path, error: Exception) -> ConfigError:
     """An unreadable file as a user's error of one line."""
     return ConfigError([Fault("checkpoint", path, f"is damaged or unreadable ({error})")])
+
+
+def damaged_weights(path: Path, error: Exception) -> ConfigError:
+    """The same for a file of weights, which may be a pointer that was never fetched."""
+    with suppress(OSError), path.open("rb") as stream:
+        if stream.read(len(_POINTER)) == _POINTER:
+            message = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"
+            return ConfigError([Fault("checkpoint", path, message)])
+    return damaged(path, error)

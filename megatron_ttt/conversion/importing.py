@@ -57,8 +57,8 @@ def import_checkpoint(
             blocks = view.blocks(tensor, block_bytes)
             writer.add(tensor.megatron, tensor.shape, dtype, blocks)
             report(tensor.megatron, tensor.bytes(dtype))
-        for file in [view.folder.path / CONFIG, *companions(view.folder.path)]:
-            folder.copy(file, f"{ORIGIN}/{file.name}")
+        for file in (CONFIG, *companions(view.folder.path)):
+            folder.copy(view.folder.path / file, f"{ORIGIN}/{file}")
         writer.complete(content=CONTENT, facts=facts)
         if before_publish is not None:
             before_publish(folder.path)

@@ -1,5 +1,6 @@
 """A Hugging Face folder seen as Megatron's tensors: checked once, then read by rows."""
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -12,10 +13,11 @@ from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.initial_target import initial_target
 from megatron_ttt.conversion.mapping import Mapping, TargetGenerator, build_mapping
-from megatron_ttt.conversion.megatron_folder import row_blocks
+from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, row_blocks
 from megatron_ttt.conversion.rules import TensorMap
-from megatron_ttt.conversion.ttt_config import target_generator, ttt_from_hf
+from megatron_ttt.conversion.ttt_config import target_generator, trained_layers, ttt_from_hf
 
+_TIED = ("lm_head.weight", "model.embed_tokens.weight")
 # Tensors that older files carry and that follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
 
@@ -47,26 +49,30 @@ class MegatronView:
             name: for ``ModelConfig.name``.
 
         Raises:
-            ConfigError: a tensor is missing, unknown, of another shape, or not zero where Megatron
-                has no place for it.
+            ConfigError: a tensor is missing, unknown, of another shape, not zero where Megatron has
+                no place for it, or not the embedding where the two are tied.
         """
         self.folder = folder
         self.seed = seed
         where = str(folder.path)
         self.model: ModelConfig = model_from_hf(folder.config, name=name, where=where)
-        self.ttt: TTTConfig | None = ttt_from_hf(
-            folder.config, layers=self.model.layers, where=where
-        )
         self._target_chosen = target is not None
         if target is None:
-            target = target_generator(self.ttt, layers=self.model.layers)
+            ttt = ttt_from_hf(
+                folder.config, layers=self.model.layers, where=where, tensors=folder.tensors
+            )
+            target = target_generator(ttt, layers=self.model.layers)
+        self._check_layers()
         self.mapping: Mapping = build_mapping(self.model, target)
+        trained = set(trained_layers(folder.tensors))
         self.drawn = {
             tensor.megatron
             for tensor in self.mapping.tensors
-            if ".ttt_" in tensor.megatron and tensor.sources[0] not in folder.tensors
+            if ".ttt_" in tensor.megatron and int(tensor.megatron.split(".")[2]) not in trained
         }
         self._check()
+        self._check_tied()
+        self._report_left_out()
 
     def tensor(self, key: str) -> TensorMap:
         """One tensor's map."""
@@ -96,6 +102,13 @@ class MegatronView:
         """The whole tensor, block by block of at most ``limit`` bytes."""
         for start, stop in row_blocks(tensor.shape, self.dtype(tensor), limit):
             yield start, self.rows(tensor, start, stop)
+
+    def _check_layers(self) -> None:
+        """Refuse a number of layers that the files do not have, before anything is made of it."""
+        stored = len(self.folder.tensors)
+        if self.model.layers > stored:
+            message = f"num_hidden_layers={self.model.layers}, but there are {stored} tensors"
+            raise ConfigError([Fault("checkpoint", self.folder.path, message)])
 
     def _check(self) -> None:
         self._by_key = {tensor.megatron: tensor for tensor in self.mapping.tensors}
@@ -129,6 +142,31 @@ class MegatronView:
                 message = f"{name} is not zero: Megatron has no bias there"
                 raise ConfigError([Fault("checkpoint", path, message)])
 
+    def _check_tied(self) -> None:
+        """A stored output layer beside tied embeddings must be the embedding."""
+        head, embedding = (self.folder.tensors.get(name) for name in _TIED)
+        if not self.model.tied_embeddings or head is None or embedding is None:
+            return
+        equal = head.shape == embedding.shape and all(
+            torch.equal(*(self.folder.rows(name, start, stop) for name in _TIED))
+            for start, stop in row_blocks(head.shape, head.dtype, BLOCK_BYTES)
+        )
+        if not equal:
+            message = (
+                f"tie_word_embeddings is true, but {_TIED[0]} differs from {_TIED[1]}: transformers"
+                " 5 computes with it as if it were false, 4 drops it; set it to false, or remove"
+                " the tensor"
+            )
+            raise ConfigError([Fault("checkpoint", self.folder.path, message)])
+
+    def _report_left_out(self) -> None:
+        """Warn about trained fast weights that the caller's choice leaves out."""
+        taken = self.mapping.hf_shapes()
+        left = [name for name in self.folder.tensors if ".mlp.ttt_" in name and name not in taken]
+        if left and any(".ttt_" in name for name in taken):
+            message = f"{self.folder.path}: trained fast weights are left out: {_some(left)}"
+            warnings.warn(message, stacklevel=3)
+
     def _ignored(self, name: str) -> bool:
         tied = self.model.tied_embeddings and name == "lm_head.weight"
         switched_off = self._target_chosen and ".mlp.ttt_" in name
@@ -136,7 +174,11 @@ class MegatronView:
 
 
 def described_ttt(
-    folder: HFFolder, *, layers: list[int] | None
+    folder: HFFolder,
+    *,
+    layers: list[int] | None,
+    chunk_size: int | None = None,
+    eta: float | None = None,
 ) -> tuple[TargetGenerator, TTTConfig]:
     """The fast weights that an import should give a model.
 
@@ -144,21 +186,35 @@ def described_ttt(
         folder: the source.
         layers: those that get a target generator, empty for none; ``None``: the source's own, or
             every sixth of a plain model.
+        chunk_size, eta: instead of the source's.
 
     Raises:
-        ConfigError: a layer that the model lacks.
+        ConfigError: a layer that the model lacks, or fast weights that nothing describes.
     """
     where = str(folder.path)
     model = model_from_hf(folder.config, name="imported", where=where)
-    ttt = ttt_from_hf(folder.config, layers=model.layers, where=where) or TTTConfig()
+    found = ttt_from_hf(
+        folder.config,
+        layers=model.layers,
+        where=where,
+        tensors=folder.tensors,
+        chunk_size=chunk_size,
+        eta=eta,
+    )
+    ttt = found or TTTConfig()
+    if found is None:
+        ttt = replace(
+            ttt,
+            mode=TTTMode.off if folder.config.get("ttt_mode") is False else ttt.mode,
+            chunk_size=chunk_size or ttt.chunk_size,
+            eta=ttt.eta if eta is None else eta,
+        )
     if layers is not None:
         absent = [layer for layer in layers if not 0 <= layer < model.layers]
         if absent:
             message = f"layers are 0 to {model.layers - 1}"
             raise ConfigError([Fault("ttt layers", absent, message)])
-        ttt = replace(ttt, layers=layers or None)
-        if not layers:
-            ttt = replace(ttt, mode=TTTMode.off)
+        ttt = replace(ttt, layers=layers or None, mode=TTTMode.in_place if layers else TTTMode.off)
     target = target_generator(ttt, layers=model.layers)
     return target, replace(ttt, layers=list(target.layers) or None)
 

@@ -3,9 +3,15 @@
 ``ttt_mode, ttt_layers, ttt_proj, ttt_lr, ttt_chunk, ttt_target`` are the names of the published
 reference implementation, with its values where one is absent; what they cannot say goes into
 ``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize``.
+
+A file with any of these keys, or with one of our model types, describes a model with fast weights
+unless it says ``ttt_mode: false``; ``ttt_mode`` may be left out.
 """
 
+import re
 import warnings
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from megatron_ttt.config.faults import ConfigError, Fault
@@ -17,19 +23,43 @@ from megatron_ttt.config.schema import (
     TTTConfig,
     TTTMode,
 )
+from megatron_ttt.conversion.config_values import Values
+from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.mapping import TargetGenerator
 
 REFERENCE_LEARNING_RATE = 0.3
 REFERENCE_CHUNK = 8192
+REFERENCE_LAYERS = range(0, 31, 6)  # as published, whatever the number of layers
 LAYER_INTERVAL = 6
 _TARGETS = {
     TargetSource.hidden_states: "hidden_states",
     TargetSource.input_embeddings: "input_embed",
 }
+_TENSOR = re.compile(r"model\.layers\.(\d+)\.mlp\.ttt_(?:conv|proj)\.weight")
 
 
-def ttt_from_hf(config: dict[str, Any], *, layers: int, where: str) -> TTTConfig | None:
-    """The fast weights a ``config.json`` describes; ``None`` for a plain model.
+def trained_layers(tensors: Collection[str]) -> tuple[int, ...]:
+    """Layers that have a target generator among tensors of these names."""
+    found = (_TENSOR.fullmatch(name) for name in tensors)
+    return tuple(sorted({int(match[1]) for match in found if match is not None}))
+
+
+def has_rule(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` describes an update rule, in use or switched off."""
+    ours = str(config.get("model_type")).endswith(TTT_SUFFIX)
+    return ours or any(key.startswith("ttt_") for key in config)
+
+
+def ttt_from_hf(
+    config: dict[str, Any],
+    *,
+    layers: int,
+    where: str,
+    tensors: Collection[str] = (),
+    chunk_size: int | None = None,
+    eta: float | None = None,
+) -> TTTConfig | None:
+    """The fast weights that a checkpoint has; ``None`` for a plain model, or with them off.
 
     Layers that the model lacks are dropped with one warning (a published configuration names one).
 
@@ -37,42 +67,87 @@ def ttt_from_hf(config: dict[str, Any], *, layers: int, where: str) -> TTTConfig
         config: content of ``config.json``.
         layers: of the model.
         where: named in errors.
+        tensors: names of the checkpoint's; empty where they are not known. They decide about
+            layers that the file does not name.
+        chunk_size, eta: instead of the file's.
 
     Raises:
-        ConfigError: a value that means nothing.
+        ConfigError: a value that means nothing, layers that are not those of the tensors, or
+            tensors of fast weights without anything that says how they are used.
     """
-    if not config.get("ttt_mode", False):
+    trained = [layer for layer in trained_layers(tensors) if layer < layers]
+    if not has_rule(config):
+        if not trained:
+            return None
+        if chunk_size is None or eta is None:
+            message = (
+                f"there are fast weights in layers {trained}, but nothing says with which chunk"
+                " and eta: give import --ttt-chunk and --ttt-eta, or write ttt_chunk and ttt_lr"
+                " into its config.json"
+            )
+            raise ConfigError([Fault(where, "no ttt_* keys", message)])
+    values = Values(config, where)
+    on = values.boolean("ttt_mode", True)
+    rule = _rule(values)
+    listed = values.entries("ttt_layers", int)
+    values.check()
+    if not on:
         return None
-    given = config.get("ttt_layers")
-    chosen = list(range(0, layers, LAYER_INTERVAL)) if given is None else sorted(set(given))
-    absent = [layer for layer in chosen if not 0 <= layer < layers]
+    kept = _layers(listed, trained, layers, where)
+    conv, proj = (
+        config.get(f"ttt_{part}", True)
+        if not trained or f"ttt_{part}" in config
+        else any(name.endswith(f"ttt_{part}.weight") for name in tensors)
+        for part in ("conv", "proj")
+    )
+    return replace(
+        rule,
+        layers=kept,
+        conv=conv,
+        proj=proj,
+        chunk_size=rule.chunk_size if chunk_size is None else chunk_size,
+        eta=rule.eta if eta is None else eta,
+    )
+
+
+def _rule(values: Values) -> TTTConfig:
+    """Everything but the layers."""
+    target = values.text("ttt_target", "hidden_states", tuple(_TARGETS.values()))
+    modes = tuple(mode.value for mode in ClipMode)
+    decay = values.number("ttt_decay", 1.0)
+    if decay > 1:
+        values.fault("ttt_decay", "must be at most 1")
+    return TTTConfig(
+        chunk_size=values.integer("ttt_chunk", REFERENCE_CHUNK),
+        eta=values.number("ttt_lr", REFERENCE_LEARNING_RATE, zero=True),
+        normalize=Normalize(
+            values.text("ttt_normalize", "none", tuple(one.value for one in Normalize))
+        ),
+        target={name: source for source, name in _TARGETS.items()}[target],
+        conv=values.boolean("ttt_conv", True),
+        proj=values.boolean("ttt_proj", True),
+        decay=decay,
+        clip=ClipConfig(
+            mode=ClipMode(values.text("ttt_clip_mode", "off", modes)),
+            bound=values.number("ttt_clip_bound", ClipConfig().bound),
+        ),
+    )
+
+
+def _layers(listed: list[int] | None, trained: list[int], layers: int, where: str) -> list[int]:
+    """The layers with fast weights, sorted."""
+    if listed is None:
+        return trained or [layer for layer in REFERENCE_LAYERS if layer < layers]
+    absent = sorted({layer for layer in listed if not 0 <= layer < layers})
     if absent:
         warnings.warn(
-            f"{where}: ttt_layers {absent} are dropped: layers are 0 to {layers - 1}", stacklevel=2
+            f"{where}: ttt_layers {absent} are dropped: layers are 0 to {layers - 1}", stacklevel=3
         )
-    targets = {name: source for source, name in _TARGETS.items()}
-    target = config.get("ttt_target", "hidden_states")
-    if target not in targets:
-        raise ConfigError([Fault(f"{where}: ttt_target", target, f"one of {', '.join(targets)}")])
-    try:
-        normalize = Normalize(config.get("ttt_normalize", "none"))
-        clip = ClipConfig(
-            mode=ClipMode(config.get("ttt_clip_mode", "off")),
-            bound=config.get("ttt_clip_bound", ClipConfig().bound),
-        )
-    except ValueError as error:
-        raise ConfigError([Fault(f"{where}: ttt_normalize, ttt_clip_mode", error, "")]) from error
-    return TTTConfig(
-        layers=[layer for layer in chosen if 0 <= layer < layers],
-        chunk_size=config.get("ttt_chunk", REFERENCE_CHUNK),
-        eta=config.get("ttt_lr", REFERENCE_LEARNING_RATE),
-        normalize=normalize,
-        target=targets[target],
-        conv=config.get("ttt_conv", True),
-        proj=config.get("ttt_proj", True),
-        decay=config.get("ttt_decay", 1.0),
-        clip=clip,
-    )
+    kept = sorted(set(listed) - set(absent))
+    if trained and kept != trained:
+        message = f"the files have fast weights in layers {trained}"
+        raise ConfigError([Fault(f"{where}: ttt_layers", listed, message)])
+    return kept
 
 
 def hf_from_ttt(ttt: TTTConfig, *, layers: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Both models on the same tokens, layer by layer: the first layer that differs has a name.
 
-Each side is a model of one layer whose weights are replaced layer after layer, so that memory is
-bounded by a few layers and one block of the vocabulary, whatever the model's size. The sides share
-nothing: ``transformers``' own classes with the folder's tensors on one, Megatron's layers with the
-distributed checkpoint's on the other, each continuing from its own hidden states, all in fp32.
+Each side has one layer in memory at a time, so that memory is bounded by a few layers and what is
+read of the vocabulary, whatever the model's size. The sides share nothing: the folder as
+``transformers`` loads and runs it on one (``transformers_side.py``), Megatron's layers with the
+distributed checkpoint's tensors on the other, each on its own hidden states, all in fp32.
 
 Shape letters: B rows, T tokens, H hidden, W vocabulary.
 """
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -35,12 +34,12 @@ from megatron_ttt.config.schema import (
 )
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.conversion.failures import VerificationFailed
-from megatron_ttt.conversion.hf_config import TTT_SUFFIX, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.loading import checkpoint_key
 from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.conversion.plain_rows import plain_rows
-from megatron_ttt.conversion.ttt_config import target_generator, ttt_from_hf
+from megatron_ttt.conversion.transformers_side import TransformersSide
+from megatron_ttt.conversion.ttt_config import target_generator
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import global_parameters
 
@@ -90,16 +89,16 @@ def compare_models(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.vocab_size, (ROWS, LENGTH), generator=generator)
     ours = _rows_of(tokens, lambda token: megatron.rows(_EMBEDDING, token, token + 1))
-    embed = "model.embed_tokens.weight"
-    theirs = _rows_of(tokens, lambda token: hf.rows(embed, token, token + 1))
-    yield Comparison("embedding", _error(ours, theirs))
+    other = TransformersSide(hf, tokens, chunk_size=CHUNK)
+    if len(other.layers) != model.layers:
+        message = f"transformers has {len(other.layers)} layers, Megatron {model.layers}"
+        raise VerificationFailed(message)
+    yield Comparison("embedding", _error(ours, other.embeddings))
     megatron_layers = _MegatronLayers(megatron, model, ttt, groups, ours)
-    hf_layers = _HFLayers(hf, model, theirs)
     for layer in range(model.layers):
         ours = megatron_layers.run(layer, ours)
-        theirs = hf_layers.run(layer, theirs)
-        yield Comparison(f"layer {layer}", _error(ours, theirs))
-    yield Comparison("logits", _logits_error(hf, megatron, model, ours, theirs))
+        yield Comparison(f"layer {layer}", _error(ours, other.layers[layer]))
+    yield Comparison("logits", _logits_error(other, megatron, model, ours))
 
 
 def verify(comparisons: Iterator[Comparison], report: Callable[[Comparison], None]) -> None:
@@ -181,57 +180,6 @@ class _MegatronLayers:
         return build_model(config, transformer, self.groups).eval()
 
 
-class _HFLayers:
-    """``transformers``' layers, one at a time; ``[B, T, H]`` in and out."""
-
-    def __init__(self, folder: HFFolder, model: ModelConfig, embeddings: Tensor) -> None:
-        where = str(folder.path)
-        layers = model_from_hf(folder.config, name="verified", where=where).layers
-        ttt = ttt_from_hf(folder.config, layers=layers, where=where)
-        self.folder, self.embeddings = folder, embeddings
-        self.fast = frozenset(target_generator(ttt, layers=layers).layers)
-        self.built: dict[bool, Any] = {}
-
-    def run(self, layer: int, hidden: Tensor) -> Tensor:
-        fast = layer in self.fast
-        if fast not in self.built:
-            self.built[fast] = self._build(fast)
-        one = self.built[fast]
-        for name, parameter in one.layers[0].named_parameters():
-            key = f"model.layers.{layer}.{name}"
-            _fill(parameter, self.folder.tensors[key].dtype, partial(self.folder.rows, key))
-
-        def enter(module: Any, args: Any, kwargs: Any) -> Any:
-            kwargs.pop("hidden_states", None)
-            return (hidden,), kwargs
-
-        with _through(one.layers[0], enter) as outputs:
-            one(inputs_embeds=self.embeddings, use_cache=False)
-        return outputs[0]
-
-    def _build(self, fast: bool) -> Any:
-        from transformers import AutoConfig, AutoModel
-
-        keys = dict(self.folder.config)
-        kind = str(keys.pop("model_type")).removesuffix(TTT_SUFFIX)
-        for name in ("layer_types", "architectures", "auto_map", "dtype", "torch_dtype"):
-            keys.pop(name, None)
-        keys |= {"num_hidden_layers": 1, "vocab_size": _UNUSED, "use_cache": False}
-        keys |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        if fast:
-            keys |= {"ttt_layers": [0], "ttt_chunk": CHUNK}
-        else:
-            keys = {key: value for key, value in keys.items() if not key.startswith("ttt_")}
-        kind += TTT_SUFFIX if fast else ""
-        try:
-            config = AutoConfig.for_model(kind, **keys)
-        except ValueError as error:
-            raise ConfigError(
-                [Fault("--verify", kind, "transformers has no such model")]
-            ) from error
-        return AutoModel.from_config(config, dtype=torch.float32).eval()
-
-
 @contextmanager
 def _through(layer: Any, enter: Callable[..., Any]) -> Iterator[list[Tensor]]:
     """Replace a layer's input and keep its output while its model runs."""
@@ -265,23 +213,21 @@ def _rows_of(tokens: Tensor, row: Callable[[int], Tensor]) -> Tensor:
 
 
 def _logits_error(
-    hf: HFFolder, megatron: MegatronFolder, model: ModelConfig, ours: Tensor, theirs: Tensor
+    other: TransformersSide,
+    megatron: MegatronFolder,
+    model: ModelConfig,
+    ours: Tensor,
 ) -> float:
     """Final norm and output layer on both sides, some rows of the vocabulary at a time."""
-    tied = model.tied_embeddings
-    names = (_EMBEDDING, "model.embed_tokens.weight")
-    if not tied:
-        names = ("output_layer.weight", "lm_head.weight")
+    name = _EMBEDDING if model.tied_embeddings else "output_layer.weight"
     size = [model.hidden_size]
     norm = megatron.rows("decoder.final_layernorm.weight", 0, *size).float()
     ours = F.rms_norm(ours, size, norm, model.norm_epsilon)
-    norm = hf.rows("model.norm.weight", 0, *size).float()
-    theirs = F.rms_norm(theirs, size, norm, hf.config.get("rms_norm_eps", 1e-6))
     gap, largest = 0.0, 1.0
-    stored = megatron.tensors[names[0]]
+    stored = megatron.tensors[name]
     for start, stop in row_blocks((model.vocab_size, *size), stored.dtype, BLOCK_BYTES):
-        a = ours @ megatron.rows(names[0], start, stop).float().T
-        b = theirs @ hf.rows(names[1], start, stop).float().T
+        a = ours @ megatron.rows(name, start, stop).float().T
+        b = other.normed @ other.output_rows(start, stop).T
         block = (a - b).abs().max().item()
         gap = block if block != block else max(gap, block)
         largest = max(largest, b.abs().max().item())

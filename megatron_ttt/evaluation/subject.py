@@ -88,9 +88,11 @@ def find_source(checkpoint: str) -> Source:
     """
     if checkpoint.startswith(HF_SCHEME):
         path = Path(checkpoint.removeprefix(HF_SCHEME))
-        config = HFFolder(path).config
-        model = model_from_hf(config, name=path.name, where=str(path))
-        ttt = ttt_from_hf(config, layers=model.layers, where=str(path))
+        opened = HFFolder(path)
+        model = model_from_hf(opened.config, name=path.name, where=str(path))
+        ttt = ttt_from_hf(
+            opened.config, layers=model.layers, where=str(path), tensors=opened.tensors
+        )
         return Source(
             path=path,
             name=path.name,

@@ -7,23 +7,39 @@
 Needs neither Megatron nor Hydra.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 
-from megatron_ttt.hf.cache import FastWeightCache
-from megatron_ttt.hf.configuration import LlamaTTTConfig, Qwen3TTTConfig
-from megatron_ttt.hf.modeling import (
+from megatron_ttt.hf.versions import check_transformers
+
+check_transformers(transformers.__version__)
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
+
+from megatron_ttt.hf import configuration, modeling  # noqa: E402
+from megatron_ttt.hf.auto_map import CLASSES  # noqa: E402
+from megatron_ttt.hf.cache import FastWeightCache  # noqa: E402
+from megatron_ttt.hf.configuration import (  # noqa: E402
+    LlamaTTTConfig,
+    MistralTTTConfig,
+    Qwen2TTTConfig,
+    Qwen3TTTConfig,
+)
+from megatron_ttt.hf.modeling import (  # noqa: E402
     LlamaTTTForCausalLM,
     LlamaTTTModel,
+    MistralTTTForCausalLM,
+    MistralTTTModel,
+    Qwen2TTTForCausalLM,
+    Qwen2TTTModel,
     Qwen3TTTForCausalLM,
     Qwen3TTTModel,
 )
 
-for _config, _model, _causal in (
-    (Qwen3TTTConfig, Qwen3TTTModel, Qwen3TTTForCausalLM),
-    (LlamaTTTConfig, LlamaTTTModel, LlamaTTTForCausalLM),
-):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModel.register(_config, _model, exist_ok=True)
+for _kind, _name in CLASSES.items():
+    _config = getattr(configuration, f"{_name}Config")
+    _causal = getattr(modeling, f"{_name}ForCausalLM")
+    AutoConfig.register(_kind, _config, exist_ok=True)
+    AutoModel.register(_config, getattr(modeling, f"{_name}Model"), exist_ok=True)
     AutoModelForCausalLM.register(_config, _causal, exist_ok=True)
 
 __all__ = [
@@ -31,6 +47,12 @@ __all__ = [
     "LlamaTTTConfig",
     "LlamaTTTForCausalLM",
     "LlamaTTTModel",
+    "MistralTTTConfig",
+    "MistralTTTForCausalLM",
+    "MistralTTTModel",
+    "Qwen2TTTConfig",
+    "Qwen2TTTForCausalLM",
+    "Qwen2TTTModel",
     "Qwen3TTTConfig",
     "Qwen3TTTForCausalLM",
     "Qwen3TTTModel",

@@ -25,10 +25,16 @@ MODULES = (
     "hf.configuration",
     "hf.mlp",
     "hf.modeling",
+    "hf.versions",
     "inference.fast_weight_state",
     "inference.token_runs",
 )
-CLASSES = {"qwen3_ttt": "Qwen3TTT", "llama_ttt": "LlamaTTT"}
+CLASSES = {
+    "qwen3_ttt": "Qwen3TTT",
+    "llama_ttt": "LlamaTTT",
+    "qwen2_ttt": "Qwen2TTT",
+    "mistral_ttt": "MistralTTT",
+}
 _IMPORT = re.compile(r"^from megatron_ttt\.([\w.]+) import", re.MULTILINE)
 
 
@@ -57,6 +63,8 @@ def write_auto_map(folder: Path | str) -> None:
         source = package.joinpath(*module.split(".")[:-1], f"{module.split('.')[-1]}.py")
         text = _IMPORT.sub(_relative, source.read_text(encoding="utf-8"))
         (folder / f"{file_name(module)}.py").write_text(text, encoding="utf-8")
+    configuration = folder / f"{file_name('hf.configuration')}.py"
+    configuration.write_text(configuration.read_text(encoding="utf-8") + _all_files())
     modeling, name = file_name("hf.modeling"), CLASSES[kind]
     config["auto_map"] = {
         "AutoConfig": f"{file_name('hf.configuration')}.{name}Config",
@@ -64,6 +72,18 @@ def write_auto_map(folder: Path | str) -> None:
         "AutoModelForCausalLM": f"{modeling}.{name}ForCausalLM",
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _all_files() -> str:
+    """Python that names every file and never runs.
+
+    An older ``transformers`` fetches the files that the first one names and no others; without
+    them it would end with a missing file instead of what ``hf/versions.py`` says.
+    """
+    names = "".join(
+        f"    from .{file_name(module)} import __name__  # noqa: F401\n" for module in MODULES
+    )
+    return f"\n\ndef _needed() -> None:\n{names}"
 
 
 def _relative(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Configurations of Qwen3 and LLaMA models with fast weights, for ``transformers``.
+"""Configurations of models with fast weights, for ``transformers``: a class for each family.
 
 The keys ``ttt_mode, ttt_layers, ttt_proj, ttt_lr, ttt_chunk, ttt_target`` are those of the
 published reference implementation, so that checkpoints exchange in both directions; what they
@@ -8,16 +8,23 @@ cannot say goes into ``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_n
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from transformers import LlamaConfig, Qwen3Config
+import transformers
 
-from megatron_ttt.fast_weights.scale import Clip, ClipMode, Normalize
-from megatron_ttt.inference.fast_weight_state import UpdateRule
+from megatron_ttt.hf.versions import check_transformers
+
+check_transformers(transformers.__version__)  # before a name is missing
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  # noqa: E402
+
+from megatron_ttt.fast_weights.scale import Clip, ClipMode, Normalize  # noqa: E402
+from megatron_ttt.inference.fast_weight_state import UpdateRule  # noqa: E402
 
 TARGETS = ("hidden_states", "input_embed")
 CLIP_MODES = ("off", *(mode.value for mode in ClipMode))
-LAYER_INTERVAL = 6
+PUBLISHED_LAYERS = range(0, 31, 6)
 
 
 def fast_layers(config: Any) -> list[int]:
@@ -47,7 +54,7 @@ def _check(config: Any) -> None:
     """
     layers = config.num_hidden_layers
     if config.ttt_layers is None:
-        config.ttt_layers = list(range(0, layers, LAYER_INTERVAL))
+        config.ttt_layers = [layer for layer in PUBLISHED_LAYERS if layer < layers]
     missing = sorted({layer for layer in config.ttt_layers if not 0 <= layer < layers})
     if missing:
         warnings.warn(
@@ -75,15 +82,14 @@ def _check(config: Any) -> None:
         raise ValueError("; ".join(faults))
 
 
-class Qwen3TTTConfig(Qwen3Config):
-    """Qwen3 with fast weights. See the module's lines; other keys are ``Qwen3Config``'s.
+@dataclass
+class TTTKeys:
+    """The ``ttt_*`` keys; the others are those of the family's own configuration.
 
-    ``ttt_layers`` None: every sixth. ``ttt_mode`` False computes the model without fast weights.
+    ``ttt_mode`` False computes the model without fast weights. ``ttt_layers`` None: the published
+    ones, 0, 6, ..., 30.
     """
 
-    model_type = "qwen3_ttt"
-    base_model_tp_plan = None  # the fast weight's shards would need sums that no plan describes
-
     ttt_mode: bool = True
     ttt_layers: list[int] | None = None
     ttt_proj: bool = True
@@ -96,29 +102,33 @@ class Qwen3TTTConfig(Qwen3Config):
     ttt_clip_bound: float | int = 0.1
     ttt_normalize: str = "none"
 
+    # The fast weight's shards would need sums that no plan describes.
+    base_model_tp_plan: ClassVar[dict[str, Any] | None] = None
+
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc] # of the family's configuration
         _check(self)
 
 
-class LlamaTTTConfig(LlamaConfig):
-    """LLaMA with fast weights; keys as in :class:`Qwen3TTTConfig`."""
+class Qwen3TTTConfig(TTTKeys, Qwen3Config):
+    """Qwen3 with fast weights."""
+
+    model_type = "qwen3_ttt"
+
+
+class LlamaTTTConfig(TTTKeys, LlamaConfig):
+    """LLaMA with fast weights."""
 
     model_type = "llama_ttt"
-    base_model_tp_plan = None
 
-    ttt_mode: bool = True
-    ttt_layers: list[int] | None = None
-    ttt_proj: bool = True
-    ttt_lr: float | int = 0.3
-    ttt_chunk: int = 8192
-    ttt_target: str = "hidden_states"
-    ttt_conv: bool = True
-    ttt_decay: float | int = 1.0
-    ttt_clip_mode: str = "off"
-    ttt_clip_bound: float | int = 0.1
-    ttt_normalize: str = "none"
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        _check(self)
+class Qwen2TTTConfig(TTTKeys, Qwen2Config):
+    """Qwen2 and Qwen2.5 with fast weights."""
+
+    model_type = "qwen2_ttt"
+
+
+class MistralTTTConfig(TTTKeys, MistralConfig):
+    """Mistral with fast weights."""
+
+    model_type = "mistral_ttt"

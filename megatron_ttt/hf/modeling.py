@@ -1,4 +1,4 @@
-"""Qwen3 and LLaMA with fast weights, as ``transformers`` classes.
+"""Every family with fast weights, as ``transformers`` classes.
 
 Without a cache a call reads its rows whole, differentiably, by the code that trains
 (``fast_weight_spans``); with one it continues the cache's fast weights (``FastWeightState``). Both
@@ -22,6 +22,12 @@ from transformers import (
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
+    MistralForCausalLM,
+    MistralModel,
+    MistralPreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen2PreTrainedModel,
     Qwen3ForCausalLM,
     Qwen3Model,
     Qwen3PreTrainedModel,
@@ -29,10 +35,18 @@ from transformers import (
 from transformers import initialization as init
 from transformers.generation import GenerationMode
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from megatron_ttt.hf.cache import FastWeightCache
-from megatron_ttt.hf.configuration import LlamaTTTConfig, Qwen3TTTConfig, fast_layers
+from megatron_ttt.hf.configuration import (
+    LlamaTTTConfig,
+    MistralTTTConfig,
+    Qwen2TTTConfig,
+    Qwen3TTTConfig,
+    fast_layers,
+)
 from megatron_ttt.hf.mlp import (
     CallLayout,
     FastWeightMLP,
@@ -82,6 +96,13 @@ class _ModelMixin:
     """The decoder: makes each call's layout and passes it to the layers."""
 
     config: Any
+    layer_class: Any  # of the family, with fast weights
+
+    def __init__(self: Any, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        for index in range(config.num_hidden_layers):
+            self.layers[index] = self.layer_class(config, index)
+        self.post_init()
 
     def forward(
         self: Any,
@@ -135,10 +156,20 @@ class _ModelMixin:
         )
 
 
-class _GenerationMixin:
-    """``generate()`` with a cache that carries fast weights."""
+class _CausalMixin:
+    """The language model, and ``generate()`` with a cache that carries fast weights."""
 
     config: Any
+    plain_class: Any  # of the family
+    decoder_class: Any  # of the family, with fast weights
+
+    def __init__(self: Any, config: Any) -> None:
+        # The plain decoder is never built.
+        super(self.plain_class, self).__init__(config)  # type: ignore[call-arg]
+        self.model = self.decoder_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
 
     def _prepare_cache_for_generation(
         self: Any,
@@ -229,22 +260,13 @@ class Qwen3TTTPreTrainedModel(_WeightsMixin, Qwen3PreTrainedModel):
 class Qwen3TTTModel(_ModelMixin, Qwen3TTTPreTrainedModel, Qwen3Model):
     """Qwen3's decoder with fast weights."""
 
-    def __init__(self, config: Qwen3TTTConfig) -> None:
-        super().__init__(config)
-        for index in range(config.num_hidden_layers):
-            self.layers[index] = Qwen3TTTDecoderLayer(config, index)
-        self.post_init()
+    layer_class = Qwen3TTTDecoderLayer
 
 
-class Qwen3TTTForCausalLM(_GenerationMixin, Qwen3TTTPreTrainedModel, Qwen3ForCausalLM):
+class Qwen3TTTForCausalLM(_CausalMixin, Qwen3TTTPreTrainedModel, Qwen3ForCausalLM):
     """Qwen3 with fast weights and a language-model head."""
 
-    def __init__(self, config: Qwen3TTTConfig) -> None:
-        super(Qwen3ForCausalLM, self).__init__(config)  # the plain model is never built
-        self.model = Qwen3TTTModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    plain_class, decoder_class = Qwen3ForCausalLM, Qwen3TTTModel
 
 
 class LlamaTTTDecoderLayer(_LayerMixin, LlamaDecoderLayer):
@@ -266,19 +288,66 @@ class LlamaTTTPreTrainedModel(_WeightsMixin, LlamaPreTrainedModel):
 class LlamaTTTModel(_ModelMixin, LlamaTTTPreTrainedModel, LlamaModel):
     """LLaMA's decoder with fast weights."""
 
-    def __init__(self, config: LlamaTTTConfig) -> None:
-        super().__init__(config)
-        for index in range(config.num_hidden_layers):
-            self.layers[index] = LlamaTTTDecoderLayer(config, index)
-        self.post_init()
+    layer_class = LlamaTTTDecoderLayer
 
 
-class LlamaTTTForCausalLM(_GenerationMixin, LlamaTTTPreTrainedModel, LlamaForCausalLM):
+class LlamaTTTForCausalLM(_CausalMixin, LlamaTTTPreTrainedModel, LlamaForCausalLM):
     """LLaMA with fast weights and a language-model head."""
 
-    def __init__(self, config: LlamaTTTConfig) -> None:
-        super(LlamaForCausalLM, self).__init__(config)
-        self.model = LlamaTTTModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    plain_class, decoder_class = LlamaForCausalLM, LlamaTTTModel
+
+
+class Qwen2TTTDecoderLayer(_LayerMixin, Qwen2DecoderLayer):
+    """See :class:`_LayerMixin`."""
+
+    def __init__(self, config: Qwen2TTTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self._use_fast_weights(config, layer_idx)
+
+
+class Qwen2TTTPreTrainedModel(_WeightsMixin, Qwen2PreTrainedModel):
+    """Base of the Qwen2 classes."""
+
+    config_class = Qwen2TTTConfig
+    config: Qwen2TTTConfig
+    _no_split_modules = ["Qwen2TTTDecoderLayer"]  # noqa: RUF012
+
+
+class Qwen2TTTModel(_ModelMixin, Qwen2TTTPreTrainedModel, Qwen2Model):
+    """Qwen2's decoder with fast weights."""
+
+    layer_class = Qwen2TTTDecoderLayer
+
+
+class Qwen2TTTForCausalLM(_CausalMixin, Qwen2TTTPreTrainedModel, Qwen2ForCausalLM):
+    """Qwen2 with fast weights and a language-model head."""
+
+    plain_class, decoder_class = Qwen2ForCausalLM, Qwen2TTTModel
+
+
+class MistralTTTDecoderLayer(_LayerMixin, MistralDecoderLayer):
+    """See :class:`_LayerMixin`."""
+
+    def __init__(self, config: MistralTTTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self._use_fast_weights(config, layer_idx)
+
+
+class MistralTTTPreTrainedModel(_WeightsMixin, MistralPreTrainedModel):
+    """Base of the Mistral classes."""
+
+    config_class = MistralTTTConfig
+    config: MistralTTTConfig
+    _no_split_modules = ["MistralTTTDecoderLayer"]  # noqa: RUF012
+
+
+class MistralTTTModel(_ModelMixin, MistralTTTPreTrainedModel, MistralModel):
+    """Mistral's decoder with fast weights."""
+
+    layer_class = MistralTTTDecoderLayer
+
+
+class MistralTTTForCausalLM(_CausalMixin, MistralTTTPreTrainedModel, MistralForCausalLM):
+    """Mistral with fast weights and a language-model head."""
+
+    plain_class, decoder_class = MistralForCausalLM, MistralTTTModel

@@ -272,8 +272,8 @@ def write_plain(
         if len(shards) > 1:
             folder.write_text(INDEX, weights_index(shards))
         folder.write_text(CONFIG, json.dumps(config, indent=2) + "\n")
-        for path in companions(source.path):
-            folder.copy(path, path.name)
+        for file in companions(source.path):
+            folder.copy(source.path / file, file)
         check(folder.path)
         folder.publish()
 

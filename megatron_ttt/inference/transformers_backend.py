@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_ttt.config.faults import ConfigError
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule
 from megatron_ttt.config.schema import TTTConfig, TTTMode
+from megatron_ttt.conversion.hf_config import TTT_SUFFIX
+from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
-from megatron_ttt.hf import LlamaTTTForCausalLM, Qwen3TTTForCausalLM
+from megatron_ttt.hf import (
+    LlamaTTTForCausalLM,
+    MistralTTTForCausalLM,
+    Qwen2TTTForCausalLM,
+    Qwen3TTTForCausalLM,
+)
 from megatron_ttt.hf.reader import TransformersReader
 from megatron_ttt.hf.sessions import (
     load_memory,
@@ -28,7 +34,12 @@ from megatron_ttt.inference.fast_weight_state import Unfinished
 from megatron_ttt.inference.state_files import Identity, StateFileError
 
 # Checkpoints of the published reference implementation keep the plain model's type.
-_PUBLISHED: dict[str, Any] = {"qwen3": Qwen3TTTForCausalLM, "llama": LlamaTTTForCausalLM}
+_PUBLISHED: dict[str, Any] = {
+    "qwen3": Qwen3TTTForCausalLM,
+    "llama": LlamaTTTForCausalLM,
+    "qwen2": Qwen2TTTForCausalLM,
+    "mistral": MistralTTTForCausalLM,
+}
 
 
 # The keys of a configuration that a ``ReadingRule`` can change.
@@ -53,6 +64,26 @@ def change_rule(config: Any, rule: ReadingRule, *, where: str) -> None:
         keys = hf_from_ttt(changed, layers=layers)
         for key in _RULE_KEYS:
             setattr(config, key, keys[key])
+
+
+def _class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The class that reads a folder with its fast weights, and keys that its file leaves out.
+
+    Raises:
+        ConfigError: the folder has fast weights that no class would read.
+    """
+    opened = HFFolder(folder)
+    config = opened.config
+    count = config.get("num_hidden_layers")
+    layers = count if isinstance(count, int) else 0
+    rule = ttt_from_hf(config, layers=layers, where=str(folder), tensors=opened.tensors)
+    if rule is None or str(config.get("model_type")).endswith(TTT_SUFFIX):
+        return AutoModelForCausalLM, {}
+    kind = _PUBLISHED.get(str(config.get("model_type")))
+    if kind is None:
+        message = f"no class reads its fast weights; known: {', '.join(_PUBLISHED)}"
+        raise ConfigError([Fault(f"{folder}: model_type", config.get("model_type"), message)])
+    return kind, {"ttt_layers": rule.layers, "ttt_conv": rule.conv, "ttt_proj": rule.proj}
 
 
 class TransformersBackend:
@@ -83,10 +114,10 @@ class TransformersBackend:
         rule = rule or ReadingRule()
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            published = any(key.startswith("ttt_") for key in config)
-            kind = _PUBLISHED.get(config.get("model_type")) if published else None
-            model = (kind or AutoModelForCausalLM).from_pretrained(folder, dtype=dtype)
+            kind, keys = _class_of(folder)
+            model = kind.from_pretrained(folder, dtype=dtype, **keys)
+        except ConfigError as error:
+            raise UnfitModel(str(error).splitlines()[0]) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UnfitModel(f"{folder}: cannot be loaded: {reason}") from error

@@ -47,6 +47,6 @@ def _yarn(plain: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
 
     low = max(math.floor(dimension_of(rope.beta_fast)), 0)
     high = min(math.ceil(dimension_of(rope.beta_slow)), head_dim - 1)
-    ramp = (torch.arange(head_dim // 2).float() - low) / max(high - low, 0.001)
+    ramp = (torch.arange(head_dim // 2).float() - low) / ((high - low) or 0.001)
     keep = 1 - ramp.clamp(0, 1)
     return plain / rope.factor * (1 - keep) + plain * keep

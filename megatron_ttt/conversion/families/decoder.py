@@ -1,9 +1,7 @@
 """What every family has in common, and the record by which they differ."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 from megatron_ttt.conversion.rules import AlwaysZero, Copy, InterleavedQKV, Rule, StackedGate
 
@@ -73,8 +71,8 @@ class FamilyTable:
         model_type, architecture: as in ``config.json``.
         query_key_norms: RMSNorm on queries and keys.
         bias, window: see the enums.
-        defaults: what ``transformers`` takes for keys that a ``config.json`` leaves out, where
-            the families differ.
+        kv_groups, head_dim: what ``transformers`` takes where a ``config.json`` leaves out
+            ``num_key_value_heads`` and ``head_dim``; ``None``: it follows from the other sizes.
     """
 
     model_type: str
@@ -82,4 +80,5 @@ class FamilyTable:
     query_key_norms: bool
     bias: Bias
     window: Window
-    defaults: Mapping[str, Any]
+    kv_groups: int | None = None
+    head_dim: int | None = None

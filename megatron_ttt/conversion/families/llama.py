@@ -8,5 +8,4 @@ TABLE = FamilyTable(
     query_key_norms=False,
     bias=Bias.CONFIGURED,
     window=Window.NEVER,
-    defaults={},
 )

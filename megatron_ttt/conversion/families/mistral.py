@@ -8,5 +8,5 @@ TABLE = FamilyTable(
     query_key_norms=False,
     bias=Bias.NEVER,
     window=Window.PLAIN,
-    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    kv_groups=8,
 )

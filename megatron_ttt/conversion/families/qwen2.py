@@ -8,5 +8,5 @@ TABLE = FamilyTable(
     query_key_norms=False,
     bias=Bias.ALWAYS,
     window=Window.SWITCHED,
-    defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    kv_groups=32,
 )

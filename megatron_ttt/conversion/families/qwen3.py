@@ -8,10 +8,6 @@ TABLE = FamilyTable(
     query_key_norms=True,
     bias=Bias.CONFIGURED,
     window=Window.SWITCHED,
-    defaults={
-        "head_dim": 128,
-        "num_key_value_heads": 32,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
+    kv_groups=32,
+    head_dim=128,
 )

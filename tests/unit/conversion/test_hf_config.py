@@ -138,15 +138,15 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
-    config = {key: QWEN3[key] for key in needed} | {"num_attention_heads": 4, **window}
-    config |= {"max_position_embeddings": 64}
+    config = {key: QWEN3[key] for key in needed} | {"num_attention_heads": 64, **window}
+    config |= {"max_position_embeddings": 64, "hidden_size": 384}
     theirs = transformers.AutoConfig.for_model(model_type, **config)
     ours = read({**config, "model_type": model_type})
     slides = set(getattr(theirs, "layer_types", None) or ["sliding_attention"])
     expected = getattr(theirs, "sliding_window", None) if slides != {"full_attention"} else None
     assert ours.sliding_window == expected
     assert ours.kv_groups == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", 24 // 4)
+    assert ours.head_dim == getattr(theirs, "head_dim", 384 // 64)
     assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.rope.base == theirs.rope_parameters["rope_theta"]

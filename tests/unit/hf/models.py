@@ -7,10 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ttt.conversion.reference_rule import ReferenceMLP
 from megatron_ttt.hf import (
     FastWeightCache,
     LlamaTTTConfig,
     LlamaTTTForCausalLM,
+    MistralTTTConfig,
+    MistralTTTForCausalLM,
+    Qwen2TTTConfig,
+    Qwen2TTTForCausalLM,
     Qwen3TTTConfig,
     Qwen3TTTForCausalLM,
 )
@@ -20,6 +25,8 @@ VOCABULARY = 103
 FAMILIES = {
     "qwen3": (Qwen3TTTConfig, Qwen3TTTForCausalLM),
     "llama": (LlamaTTTConfig, LlamaTTTForCausalLM),
+    "qwen2": (Qwen2TTTConfig, Qwen2TTTForCausalLM),
+    "mistral": (MistralTTTConfig, MistralTTTForCausalLM),
 }
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -84,9 +91,8 @@ def ratios(model: Any) -> list[float]:
 def transcribed_logits(model: Any, row: Tensor) -> Tensor:
     """Logits of one unpadded row ``[T]``, written down anew from the method's equations.
 
-    Only attention and norms are the model's own modules. In each fast-weight layer, token by token:
-    ``o = W z`` with ``W`` grown by ``eta * v z^T`` of every token of the chunks before,
-    ``v = conv(u) @ ttt_proj``. Differentiable.
+    Only attention and norms are the model's own modules; each fast-weight layer is the package's
+    ``ReferenceMLP``, which shares nothing with the classes under test. Differentiable.
     """
     config, body = model.config, model.model
     length = len(row)
@@ -106,30 +112,16 @@ def transcribed_logits(model: Any, row: Tensor) -> Tensor:
             hidden = hidden + layer.mlp(inputs)
             continue
         source = embeddings if config.ttt_target == "input_embed" else inputs
-        hidden = hidden + _transcribed_mlp(config, layer.mlp, inputs[0], source[0])[None]
+        mlp = ReferenceMLP(
+            layer.mlp,
+            kernel_D15=layer.mlp.ttt_conv.weight,
+            projection_DD=layer.mlp.ttt_proj.weight,
+            eta=config.ttt_lr,
+            chunk_size=config.ttt_chunk,
+            source_BTD=source,
+        )
+        hidden = hidden + mlp(inputs)
     return model.lm_head(body.norm(hidden))[0]
-
-
-def _transcribed_mlp(config: Any, mlp: Any, inputs: Tensor, source: Tensor) -> Tensor:
-    gate, up, down = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight
-    kernel, projection = mlp.ttt_conv.weight, mlp.ttt_proj.weight
-    size, length = config.ttt_chunk, len(inputs)
-    fast = down.clone()
-    outputs = []
-    for first in range(0, length, size):
-        last = min(first + size, length)
-        written = torch.zeros_like(down)
-        for t in range(first, last):
-            gated = gate @ inputs[t]
-            key = gated * torch.sigmoid(gated) * (up @ inputs[t])
-            outputs.append(fast @ key)
-            mixed = torch.zeros_like(source[t])
-            for tap in range(5):
-                if first <= t + tap - 2 < last:
-                    mixed += kernel[:, 0, tap] * source[t + tap - 2]
-            written += (mixed @ projection)[:, None] * key[None, :]
-        fast = fast + config.ttt_lr * written
-    return torch.stack(outputs)
 
 
 @torch.no_grad()
