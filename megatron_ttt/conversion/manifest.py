@@ -25,8 +25,9 @@ def described_model(folder: MegatronFolder) -> tuple[ModelConfig, TTTConfig]:
     Raises:
         ConfigError: there is no manifest, or it does not describe a model.
     """
-    config = folder.facts.get("config", {})
-    if "model" not in config or "ttt" not in config:
+    config = folder.facts.get("config")
+    parts = ("model", "ttt")
+    if not isinstance(config, dict) or not all(isinstance(config.get(p), dict) for p in parts):
         message = f"{MANIFEST} does not describe the model"
         raise ConfigError([Fault("checkpoint", folder.path, message)])
     path = folder.path
@@ -82,8 +83,10 @@ def origin(folder: MegatronFolder) -> Path | None:
     for _ in range(_DEPTH):
         if (path / ORIGIN).is_dir():
             return path / ORIGIN
-        load = facts.get("config", {}).get("checkpoint", {}).get("load")
-        if load is None:
+        config = facts.get("config")
+        started = config.get("checkpoint") if isinstance(config, dict) else None
+        load = started.get("load") if isinstance(started, dict) else None
+        if not isinstance(load, str):
             return None
         if load.startswith(HF_SCHEME):
             start = Path(load.removeprefix(HF_SCHEME))
@@ -99,7 +102,7 @@ def origin(folder: MegatronFolder) -> Path | None:
 def _typed(kind: type, values: dict[str, Any], path: Path) -> Any:
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
         text = str(error).strip().splitlines()[0]
         message = f"{MANIFEST} describes no model of this version: {text}"
         raise ConfigError([Fault("checkpoint", path, message)]) from error

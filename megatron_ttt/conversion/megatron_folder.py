@@ -42,6 +42,18 @@ COMMON = "common.pt"
 LATEST = "latest"  # beside a run's checkpoints: names the newest
 
 
+def _object(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
+    """An object inside a manifest; empty where it is absent.
+
+    Raises:
+        ConfigError: something else is there.
+    """
+    value = content.get(key, {})
+    if not isinstance(value, dict):
+        raise ConfigError([Fault("checkpoint", path, f"is damaged: {key} is not an object")])
+    return value
+
+
 def row_blocks(shape: Sequence[int], dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int]]:
     """Row ranges of at most ``limit`` bytes (at least one row) that tile a tensor."""
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
@@ -175,9 +187,11 @@ class MegatronFolder:
         self._unchecked: dict[str, str] = {}  # checksums of files that nobody has read yet
         if (path / MANIFEST).exists():
             manifest = read_json(path / MANIFEST)
-            self.facts = manifest.get("facts", {})
-            files = manifest.get("files", {})
-            self._unchecked = {name: record["sha256"] for name, record in files.items()}
+            self.facts = _object(manifest, "facts", path / MANIFEST)
+            files = _object(manifest, "files", path / MANIFEST)
+            self._unchecked = {
+                name: _object(files, name, path / MANIFEST).get("sha256", "") for name in files
+            }
         self.tensors = self._read_metadata()
         self._cached: tuple[Block, Tensor] | None = None
 

@@ -136,6 +136,7 @@ def test_verification_names_the_first_layer_that_differs(tmp_path: Path) -> None
     from megatron_ttt.conversion.hf_folder import HFFolder
     from megatron_ttt.conversion.manifest import described_model
     from megatron_ttt.conversion.megatron_folder import MegatronFolder
+    from megatron_ttt.conversion.ttt_config import ttt_from_hf
     from megatron_ttt.conversion.verification import Comparison, compare_models, verify
     from megatron_ttt.training.distributed import distributed
     from tests.unit.conversion.folders import import_folder
@@ -154,7 +155,32 @@ def test_verification_names_the_first_layer_that_differs(tmp_path: Path) -> None
     def note(stage: Comparison) -> None:
         seen.append(stage.stage)
 
+    live = {**QWEN3, "ttt_layers": [1], "ttt_lr": 0.01, "ttt_target": "input_embed"}
+    write_hf(tmp_path / "reference", live, dtype=torch.float32)
+    scaled(tmp_path / "reference")
+    wanted = ttt_from_hf(live, layers=2, where="here")
+    import_folder(tmp_path / "reference", tmp_path / "live", ttt=wanted)
+    described = (
+        MegatronFolder(tmp_path / "live"),
+        *described_model(MegatronFolder(tmp_path / "live")),
+    )
+
     with distributed(Config()) as ranks:
+        # what the reference implementation would compute, from the published keys
+        reference = compare_models(HFFolder(tmp_path / "reference"), *described, ranks.groups)
+        verify(reference, lambda stage: None)
+        changed = {**live, "ttt_lr": 0.02}
+        (tmp_path / "reference" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(VerificationFailed, match="layer 1 is the first that differs"):
+            reference = compare_models(HFFolder(tmp_path / "reference"), *described, ranks.groups)
+            verify(reference, lambda stage: None)
+        # what transformers reads counts, not what we read
+        written = {**QWEN3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(written))
+        with pytest.raises(VerificationFailed, match="layer 0 is the first that differs"):
+            stages = compare_models(HFFolder(tmp_path / "hf"), folder, model, ttt, ranks.groups)
+            verify(stages, lambda stage: None)
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(QWEN3))
         verify(compare_models(HFFolder(tmp_path / "hf"), folder, model, ttt, ranks.groups), note)
         assert seen == ["embedding", "layer 0", "layer 1", "logits"]
         save_file({**good, name: swapped}, path)

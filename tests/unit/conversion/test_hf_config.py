@@ -76,6 +76,37 @@ def test_yarn_in_both_spellings() -> None:
             "window",
         ),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            },
+            "rope_scaling=.*differs from rope_parameters",
+        ),
+        ({"rope_parameters": {"rope_theta": 5e5}}, "rope_theta=500000.0: the rope_theta outside"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "yarn",
+                    "factor": 2.0,
+                    "original_max_position_embeddings": 32,
+                },
+                "original_max_position_embeddings": 16,
+            },
+            "original_max_position_embeddings=32: the one outside is 16",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor=null: is miss"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": None}}, "truncate"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings=false: must be true or false"),
+        ({"hidden_size": "24"}, "hidden_size=24: must be a whole number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan: must be a finite number"),
+        ({"is_causal": False}, "is_causal"),
+        ({"per_layer_config": {"0": {"num_attention_heads": 2}}}, "per_layer_config"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures"),
+        ({"auto_map": {"AutoModel": "own.Model"}}, "auto_map"),
+        ({"model_type": "llama", "sliding_window": 8}, "sliding_window"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(change: dict[str, Any], word: str) -> None:

@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import megatron_ttt
 from megatron_ttt.hf import LlamaTTTConfig, Qwen3TTTConfig
 from megatron_ttt.hf.auto_map import write_auto_map
-from tests.unit.hf.models import CHUNK, SHAPE, live_model, tokens
+from megatron_ttt.hf.versions import OLDEST, check_transformers
+from tests.unit.hf.models import CHUNK, FAMILIES, SHAPE, live_model, tokens
 
 
 def run_python(text: str, folder: Path, **environment: str) -> str:
@@ -35,6 +36,7 @@ def run_python(text: str, folder: Path, **environment: str) -> str:
 
 
 def test_published_checkpoints_that_leave_keys_out() -> None:
+    assert Qwen3TTTConfig(num_hidden_layers=40).ttt_layers == [0, 6, 12, 18, 24, 30]
     config = Qwen3TTTConfig(num_hidden_layers=13)
     assert (config.ttt_mode, config.ttt_lr, config.ttt_chunk) == (True, 0.3, 8192)
     assert (config.ttt_proj, config.ttt_conv, config.ttt_target) == (True, True, "hidden_states")
@@ -65,7 +67,7 @@ def test_values_that_mean_nothing(keys: dict[str, Any], message: str) -> None:
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded_by_auto_classes(family: str, tmp_path: Path) -> None:
     model = live_model(family, dtype=torch.float32, ttt_decay=0.9)
     model.save_pretrained(tmp_path)
@@ -102,7 +104,7 @@ def test_importing_needs_neither_megatron_nor_hydra(tmp_path: Path) -> None:
 def test_an_export_runs_where_the_package_is_not_installed(tmp_path: Path) -> None:
     ids = tokens(1, CHUNK + 3)
     wanted = []
-    for family in ("qwen3", "llama"):
+    for family in ("qwen3", "mistral"):
         model = live_model(family, dtype=torch.float32)
         model.save_pretrained(tmp_path / family)
         write_auto_map(tmp_path / family)
@@ -117,7 +119,7 @@ def test_an_export_runs_where_the_package_is_not_installed(tmp_path: Path) -> No
         import torch
         from transformers import AutoModelForCausalLM
         ids = torch.tensor({ids.tolist()})
-        for family in ("qwen3", "llama"):
+        for family in ("qwen3", "mistral"):
             model = AutoModelForCausalLM.from_pretrained(family, trust_remote_code=True)
             print(model.generate(ids, max_new_tokens={CHUNK}, do_sample=False).tolist())
         """,
@@ -125,6 +127,39 @@ def test_an_export_runs_where_the_package_is_not_installed(tmp_path: Path) -> No
         HF_MODULES_CACHE=str(tmp_path / "modules"),
     )
     assert [json.loads(line) for line in found.splitlines()[-2:]] == wanted
+
+
+def test_an_older_transformers_is_named_by_its_version() -> None:
+    for version in ("5.20.0", "5.23.0.dev0", "6.0"):
+        check_transformers(version)
+    for version in ("4.57.1", "5.19.2", "5.9"):
+        with pytest.raises(ImportError, match=rf"transformers>=5.20, and this is {version}"):
+            check_transformers(version)
+    needed = ".".join(map(str, OLDEST))
+    project = Path(megatron_ttt.__file__).parent.parent / "pyproject.toml"
+    assert f'"transformers>={needed}"' in project.read_text()
+
+
+def test_an_export_names_the_version_before_it_needs_it(tmp_path: Path) -> None:
+    """An older transformers has the files that the first one names, and runs nothing but it."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_ttt"}')
+    write_auto_map(tmp_path)
+    first = (tmp_path / "megatron_ttt_hf_configuration.py").read_text()
+    for path in tmp_path.glob("megatron_ttt_*.py"):
+        assert path.stem == "megatron_ttt_hf_configuration" or f"from .{path.stem} import" in first
+    text = """
+        import sys, types
+        old = types.ModuleType("transformers")
+        old.__version__ = "4.57.1"
+        sys.modules["transformers"] = old
+        sys.path.insert(0, "..")
+        try:
+            import {0}.megatron_ttt_hf_configuration
+        except ImportError as error:
+            print(error)
+    """
+    found = run_python(text.format(tmp_path.name), tmp_path)
+    assert "need transformers>=5.20, and this is 4.57.1" in found
 
 
 def test_auto_map_of_another_model_is_refused(tmp_path: Path) -> None:

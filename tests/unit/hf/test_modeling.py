@@ -12,6 +12,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from megatron_ttt.hf import FastWeightCache, Qwen3TTTForCausalLM
 from tests.unit.hf.models import (
     CHUNK,
+    FAMILIES,
     SHAPE,
     live_model,
     relative,
@@ -20,9 +21,7 @@ from tests.unit.hf.models import (
 )
 
 LENGTHS = [CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5]
-CASES = [
-    (family, target) for family in ("qwen3", "llama") for target in ("hidden_states", "input_embed")
-]
+CASES = [(family, target) for family in FAMILIES for target in ("hidden_states", "input_embed")]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
