@@ -8,7 +8,6 @@ python tools/convert_checkpoint.py diff exported Qwen3-4B-Base
 
 import argparse
 import importlib.util
-import math
 import os
 import sys
 import warnings
@@ -61,8 +60,18 @@ def add_import(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         help="layers that get a target generator, or none (default: those of the source, or every"
         " sixth)",
     )
-    add("--ttt-chunk", type=int, metavar="TOKENS", help="ttt.chunk_size, instead of the source's")
-    add("--ttt-eta", type=float, metavar="ETA", help="ttt.eta, instead of the source's")
+    add(
+        "--ttt-chunk",
+        type=bounded(Bound(1)),
+        metavar="TOKENS",
+        help="ttt.chunk_size, instead of the source's",
+    )
+    add(
+        "--ttt-eta",
+        type=bounded(Bound(0), float),
+        metavar="ETA",
+        help="ttt.eta, instead of the source's",
+    )
     add(
         "--seed",
         type=SEED_NUMBER,
@@ -132,7 +141,6 @@ def run_import(arguments: argparse.Namespace) -> int:
     from megatron_ttt.conversion.source import MegatronView, described_ttt
 
     source = HFFolder(arguments.source)
-    _check_rule(arguments.ttt_chunk, arguments.ttt_eta)
     target, wanted = described_ttt(
         source,
         layers=_layers(arguments.ttt_layers),
@@ -235,13 +243,6 @@ def _layers(text: str | None) -> list[int] | None:
     except ValueError:
         message = "must be numbers such as 0,6,12, or none"
         raise ConfigError([Fault("--ttt-layers", text, message)]) from None
-
-
-def _check_rule(chunk_size: int | None, eta: float | None) -> None:
-    if chunk_size is not None and chunk_size < 1:
-        raise ConfigError([Fault("--ttt-chunk", chunk_size, "must be at least 1")])
-    if eta is not None and not 0 <= eta < math.inf:
-        raise ConfigError([Fault("--ttt-eta", eta, "must be a finite number of at least 0")])
 
 
 def _configured_model(name: str) -> "ModelConfig":

@@ -5,6 +5,7 @@ Random files are read by both sides. What ours accepts is compared with the clas
 refuses takes one line for each fault, whatever the values are.
 """
 
+import itertools
 import json
 import logging
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ from megatron_ttt.model.rope import inverse_frequencies
 
 transformers = pytest.importorskip("transformers")
 
+FAMILIES = ["qwen3", "qwen2", "llama", "mistral"]
 LAYERS, LENGTH = 2, 12
 PLAIN: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
@@ -227,14 +229,40 @@ def check(family: str, change: dict[str, Any]) -> None:
 
 
 FORMS = settings(
-    max_examples=250,
+    max_examples=200,
     deadline=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_value_of_every_key(family: str) -> None:
+    """One key at a time: each value that means something, each odd one, and none at all."""
+    for key, meant in MEANT.items():
+        for value in [*meant, *ODD, MISSING]:
+            check(family, {key: value})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rotary_embeddings_in_both_spellings(family: str) -> None:
+    for older, newer in itertools.product(ROPES, ROPES):
+        check(family, {"rope_scaling": older, "rope_parameters": newer})
+    for rope, place in itertools.product((YARN, LLAMA3), ("rope_scaling", "rope_parameters")):
+        for base, original in itertools.product((MISSING, 1e6), (MISSING, 16, 32, None)):
+            keys = {"rope_theta": base, "original_max_position_embeddings": original}
+            check(family, {place: rope, **keys})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows(family: str) -> None:
+    keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+    values = ([MISSING, True], [MISSING, None, 8], [MISSING, 0, 1, 2], [MISSING, *MEANT[keys[3]]])
+    for chosen in itertools.product(*values):
+        check(family, dict(zip(keys, chosen, strict=True)))
+
+
 @FORMS
-@given(st.sampled_from(["qwen3", "qwen2", "llama", "mistral"]), changes())
+@given(st.sampled_from(FAMILIES), changes())
 def test_every_form_of_a_config(family: str, change: dict[str, Any]) -> None:
     check(family, change)
