@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.source import MegatronView
-from megatron_ttt.conversion.ttt_config import target_generator, ttt_from_hf
+from megatron_ttt.conversion.ttt_config import has_rule, target_generator, ttt_from_hf
 from megatron_ttt.model.initialize import global_parameters, sharded_dim
 
 # Checkpoints name these norms as if they were fused into the linear layer behind them.
@@ -59,7 +60,15 @@ def load_hf_weights(
         config.model, checkpoint, str(folder), chosen=set(given or ()) & set(CHOICES)
     )
     layers = config.model.layers
-    trained = ttt_from_hf(source.config, layers=layers, where=str(folder))
+    trained = None
+    if has_rule(source.config) or target.layers:
+        trained = ttt_from_hf(
+            source.config,
+            layers=layers,
+            where=str(folder),
+            tensors=source.tensors,
+            **_said(source, config, given),
+        )
     if trained is not None and given is not None:
         notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=str(folder))
     for notice in notices:
@@ -70,6 +79,16 @@ def load_hf_weights(
         axis = sharded_dim(parameter)
         parameter.copy_(_slice(view, key, parameter, axis, tp_rank, tp_size))
     return sorted(view.drawn)
+
+
+def _said(source: HFFolder, config: Config, given: Collection[str] | None) -> dict[str, Any]:
+    """Chunk and eta that the user gave, for fast weights that their file leaves undescribed."""
+    if has_rule(source.config):
+        return {}
+    values = {"chunk_size": config.ttt.chunk_size, "eta": config.ttt.eta}
+    return {
+        name: value for name, value in values.items() if given is None or f"ttt.{name}" in given
+    }
 
 
 def checkpoint_key(name: str) -> str:

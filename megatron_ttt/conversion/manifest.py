@@ -1,6 +1,5 @@
 """What a Megatron checkpoint's manifest says about its model."""
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config, ModelConfig, TTTConfig
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement
+from megatron_ttt.conversion.hf_folder import read_json
 from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.megatron_folder import MANIFEST, MegatronFolder
+from megatron_ttt.conversion.ttt_config import has_rule
 
 HF_SCHEME = "hf:"  # of checkpoint.load
 _DEPTH = 8  # runs that started from runs that started from an import
@@ -71,7 +72,10 @@ def _has_trained_rule(facts: dict[str, Any], path: Path) -> bool:
     if IMPORTED_FROM not in facts:
         return True
     source = path / ORIGIN / "config.json"
-    return source.is_file() and bool(json.loads(source.read_text()).get("ttt_mode", False))
+    if not source.is_file():
+        return False
+    config = read_json(source)
+    return has_rule(config) and config.get("ttt_mode", True) is not False
 
 
 def origin(folder: MegatronFolder) -> Path | None:
