@@ -82,7 +82,7 @@ def _check(config: Any) -> None:
         raise ValueError("; ".join(faults))
 
 
-@dataclass
+@dataclass(init=False)  # the families make one of all their keys
 class TTTKeys:
     """The ``ttt_*`` keys; the others are those of the family's own configuration.
 
