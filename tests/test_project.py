@@ -31,8 +31,8 @@ def tracked(*suffixes: str) -> list[Path]:
 
 
 def tree_of(page: str) -> Iterator[tuple[Path, str]]:
-    """Paths that the file tree under "The house" names, with their comments."""
-    section = page.split("## The house", 1)[1].split("\n## ", 1)[0]
+    """Paths that the file tree under "Repository layout" names, with their comments."""
+    section = page.split("## Repository layout", 1)[1].split("\n## ", 1)[0]
     parents: list[tuple[int, Path]] = []
     for line in section.splitlines():
         match = TREE_LINE.match(line)
