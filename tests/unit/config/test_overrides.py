@@ -29,7 +29,10 @@ def test_no_model_lists_the_choices() -> None:
     [
         (["+model=qwen3_4"], ["model=qwen3_4: no such model; did you mean qwen3_4b? choose"]),
         (["model=tiny"], ["model=tiny: write +model=tiny"]),
-        (["experiment=x"], ["experiment=x: no such experiment; choose one of demo, evidence_micro"]),
+        (
+            ["experiment=x"],
+            ["experiment=x: no such experiment; choose one of demo, evidence_micro, "],
+        ),
         (["+experiment=qwen3_4b_32k", "+model=tiny"], ["write model=tiny"]),
         (["+model=tiny", "ttt=on"], ["ttt=on: no such ttt; choose one of in_place, off"]),
         (["+model=tiny", "+ttt=off"], ["+ttt=off: has a default already; write ttt=off"]),
