@@ -22,8 +22,9 @@ from rich.console import Console
 from megatron_ttt.config.arguments import WHOLE, OneLineParser, tell
 from megatron_ttt.config.launcher import one_process
 from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
+from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
-from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
 from megatron_ttt.training.quiet import quiet_libraries
 
@@ -47,13 +48,18 @@ def parser() -> OneLineParser:
     add("--probe", type=Path, metavar="FILE", help="compared on (default: the text's end)")
     add("--probe-tokens", type=WHOLE, default=256, metavar="N", help="of it (default: 256)")
     add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
+    add(
+        "--bos",
+        choices=[choice.value for choice in Bos],
+        help="before a text (default: as trained)",
+    )
     add("--beyond-positions", choices=["refuse", "allow"], default="refuse")
     add("--device", metavar="NAME", help="default: a GPU if there is one")
     return made
 
 
 @contextmanager
-def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]]:
+def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokenizer | None]]:
     """A Hugging Face folder of the model, and its tokenizer where only Megatron's names it.
 
     A Megatron checkpoint is exported beside the destination for as long as this lasts.
@@ -74,7 +80,7 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]
     from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
     from megatron_ttt.conversion.manifest import described_model, origin
     from megatron_ttt.conversion.megatron_folder import MegatronFolder
-    from megatron_ttt.inference.megatron_backend import tokenizer_name
+    from megatron_ttt.inference.megatron_backend import model_tokenizer
 
     source = MegatronFolder(model)
     try:
@@ -85,13 +91,14 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, str | None]
             style=Style.package,
             report=lambda name, size: None,
         )
-        yield folder, tokenizer_name(source)
+        yield folder, model_tokenizer(source)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def tokens_of(path: Path, tokenizer: Tokenizer) -> list[int]:
-    """
+    """Of the text alone, without what stands before it.
+
     Raises:
         ValueError: the file cannot be read, is not text, or is empty.
     """
@@ -132,7 +139,7 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"{options.destination}: exists")
 
 
-def run(options: argparse.Namespace, folder: Path, tokenizer_named: str | None) -> "BakeReport":
+def run(options: argparse.Namespace, folder: Path, known: ModelTokenizer | None) -> "BakeReport":
     """
     Raises:
         ValueError: in one line.
@@ -146,14 +153,16 @@ def run(options: argparse.Namespace, folder: Path, tokenizer_named: str | None) 
     backend = TransformersBackend(folder, device=device, rule=rule_of(options.overrides))
     if not backend.fast_weights:
         raise ValueError(f"{options.model}: has no fast weights to fold")
-    name = options.tokenizer or tokenizer_named or backend.tokenizer
-    if name is None:
+    bos = None if options.bos is None else Bos(options.bos)
+    tokenizer = (known or backend.tokenizer).open(options.tokenizer, bos=bos)
+    if tokenizer is None:
         raise ValueError(f"{options.model}: has no tokenizer: give --tokenizer")
-    tokenizer = load_tokenizer(*(("bytes",) if name == "bytes" else ("huggingface", name)))
-    tokens = [] if options.read is None else tokens_of(options.read, tokenizer)
-    probe = tokens if options.probe is None else tokens_of(options.probe, tokenizer)
-    count = options.probe_tokens
-    probe = probe[-count:] if options.probe is None else probe[:count]
+    start = list(tokenizer.start)
+    text = [] if options.read is None else tokens_of(options.read, tokenizer)
+    tokens = start + text if text else []
+    probe = text if options.probe is None else tokens_of(options.probe, tokenizer)
+    count = max(1, options.probe_tokens - len(start))
+    probe = start + (probe[-count:] if options.probe is None else probe[:count])
     longest = max(len(tokens), len(probe))
     if options.beyond_positions == "refuse" and longest > backend.max_positions:
         raise ValueError(

@@ -41,8 +41,9 @@ from megatron_ttt.config.reading import (
     set_keys,
     set_rule_key,
 )
+from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
-from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.data.tokenizers import Spelled, Tokenizer
 from megatron_ttt.locks import Occupied, acquire
 from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
@@ -93,6 +94,11 @@ def parser() -> OneLineParser:
     add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
     add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
     add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
+    add(
+        "--bos", choices=[choice.value for choice in Bos], help="before a prompt: docs/inference.md"
+    )
+    spelled = [choice.value for choice in Spelled]
+    add("--special-tokens", choices=spelled, default="characters", help="spelled in a prompt")
     add("--max-new-tokens", type=WHOLE, default=128, metavar="N", help="default: 128")
     add(
         "--temperature",
@@ -188,14 +194,16 @@ def tokenizer_of(options: argparse.Namespace, backend: "Backend[Any]") -> Tokeni
     Raises:
         ValueError: there is none, or it cannot be loaded; one line.
     """
-    name = options.tokenizer or backend.tokenizer
-    if name is None:
+    bos = None if options.bos is None else Bos(options.bos)
+    spelled = Spelled(options.special_tokens)
+    tokenizer = backend.tokenizer.open(options.tokenizer, bos=bos, spelled=spelled)
+    if tokenizer is None:
         raise Mistake(f"{options.model}: has no tokenizer: give --tokenizer")
-    return load_tokenizer("bytes") if name == "bytes" else load_tokenizer("huggingface", name)
+    return tokenizer
 
 
-def prompts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each row's new text.
+def texts_of(options: argparse.Namespace) -> list[str]:
+    """Each row's new text.
 
     Raises:
         ValueError: a file that cannot be read or is not text; one line.
@@ -204,7 +212,18 @@ def prompts_of(options: argparse.Namespace, tokenizer: Tokenizer) -> list[list[i
     if options.prompt_file is not None:
         texts.append(read_text(options.prompt_file))
     before = read_text(options.read) if options.read is not None else ""
-    return [tokenizer.encode(before + text) for text in texts or [""]]
+    return [before + text for text in texts or [""]]
+
+
+def warn_of_spelled(texts: list[str], tokenizer: Tokenizer) -> None:
+    """Say which special tokens were spelled out and read as something else."""
+    found = sorted({mark for text in texts for mark in tokenizer.spelled(text)})
+    if found:
+        print(
+            f"{', '.join(found)}: read as ordinary characters (--special-tokens=tokens reads them"
+            " as what they spell)",
+            file=sys.stderr,
+        )
 
 
 class Printer:
@@ -273,7 +292,10 @@ def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]
 
     tokenizer = tokenizer_of(options, backend)
     sampler = Sampler(Sampling(options.temperature, options.top_k, options.top_p, options.seed))
-    rows = prompts_of(options, tokenizer)
+    texts = texts_of(options)
+    if backend.speaks and options.special_tokens == Spelled.characters.value:
+        warn_of_spelled(texts, tokenizer)
+    rows = [tokenizer.encode_prompt(text) if text else [] for text in texts]
     if options.session is not None and backend.has_session(options.session):
         if options.memory is not None:
             raise Mistake("--session and --memory: a session that exists has its own fast weights")
@@ -281,7 +303,8 @@ def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]
         if len(turn.unread) != len(rows):
             raise Mistake(f"{options.session}: has {len(turn.unread)} rows, not {len(rows)}")
         sampler.generator.set_state(turn.generator)
-        rows = [unread + row for unread, row in zip(turn.unread, rows, strict=True)]
+        new = [tokenizer.encode(text) for text in texts]  # a session has begun before
+        rows = [unread + row for unread, row in zip(turn.unread, new, strict=True)]
     elif options.memory is not None:
         reader = backend.load_memory(options.memory, len(rows))
     else:

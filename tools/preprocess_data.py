@@ -29,6 +29,7 @@ from megatron_ttt.config.arguments import (
     tell,
 )
 from megatron_ttt.config.bounds import INT32, Bound
+from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
 from megatron_ttt.data.shards import OnError
@@ -66,6 +67,14 @@ def parse(arguments: list[str]) -> PreprocessOptions:
         default="bytes",
         metavar="NAME",
         help="bytes (default), a folder with tokenizer.json, or a Hugging Face hub name",
+    )
+    marks = [choice.value for choice in Bos]
+    add(
+        "--bos",
+        choices=marks,
+        default="model",
+        help="before a document: what the tokenizer adds itself (model, default), its"
+        " beginning-of-sequence token (add), or nothing (none)",
     )
     add("--eod-id", type=WHOLE, metavar="ID", help="end of document, if not end of sequence")
     add("--pad-id", type=WHOLE, metavar="ID", help="padding, if the tokenizer has none of its own")
@@ -107,6 +116,7 @@ def parse(arguments: list[str]) -> PreprocessOptions:
         tokenizer_name=None if is_bytes else str(Path(given.tokenizer).expanduser()),
         eod_id=given.eod_id,
         pad_id=given.pad_id,
+        bos=Bos(given.bos),
         align=given.align,
         on_error=OnError(given.on_error),
         workers=given.workers,
@@ -165,10 +175,12 @@ def report(summary: Summary) -> list[str]:
     text_tokens = sidecar.tokens - sidecar.pad_tokens
     rate = summary.new_tokens / max(summary.seconds, 1e-9)
     resumed = f", {summary.shards_resumed:,} of them done before" if summary.shards_resumed else ""
+    begin = ", ".join(map(str, sidecar.tokenizer.start)) or "no mark"
     lines = [
         f"documents   {sidecar.documents:,}; {left_out}",
         f"tokens      {sidecar.tokens:,}, of which {sidecar.pad_tokens:,} padding;"
         f" largest id {sidecar.max_token_id} of {sidecar.tokenizer.vocab_size}",
+        f"marks       a document begins with {begin}, and ends with {sidecar.tokenizer.eod}",
         f"text        {sidecar.text_bytes:,} bytes, {sidecar.text_bytes / text_tokens:.3f} a token",
         f"longest     {sidecar.longest_document_tokens:,} tokens: {sidecar.longest_source}",
         f"speed       {rate / 1e6:.2f} M tokens/s ({summary.seconds:.1f} s, {summary.shards:,}"

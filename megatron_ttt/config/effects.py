@@ -194,6 +194,7 @@ TRAINING_EFFECTS: Effects = {
             "data.tokenizer.kind", lambda c: c.data.tokenizer.kind is TokenizerKind.huggingface
         ),
     ),
+    "data.tokenizer.bos": ALWAYS,  # bytes are compared as well
     "data.reset_attention": ALWAYS,
     "data.reset_positions": ALWAYS,
     "data.reset_fast_weights": _FAST,

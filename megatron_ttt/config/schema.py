@@ -105,6 +105,17 @@ class Toggle(Enum):
     off = "off"
 
 
+class Bos(Enum):
+    """The mark at the beginning of a document or prompt: ``model``, what its tokenizer adds itself.
+
+    ``add``: the token that the tokenizer names for it; ``none``: nothing.
+    """
+
+    model = "model"
+    add = "add"
+    none = "none"
+
+
 class TokenizerKind(Enum):
     bytes = "bytes"
     huggingface = "huggingface"
@@ -192,6 +203,7 @@ class TTTConfig:
 class TokenizerConfig:
     kind: TokenizerKind = TokenizerKind.huggingface
     name: str | None = None  # folder or hub name, for kind=huggingface
+    bos: Bos | None = None  # null: as the data were prepared; else what they have to agree with
 
 
 @dataclass

@@ -172,7 +172,7 @@ class Sidecar:
     version: int = SIDECAR_VERSION
 
     def write(self, path: str | Path) -> None:
-        write_json(Path(path), asdict(self))
+        write_json(Path(path), {**asdict(self), "tokenizer": self.tokenizer.as_dict()})
 
     @classmethod
     def read(cls, path: str | Path) -> "Sidecar":

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.indexed import (
     Sidecar,
     bin_path,
@@ -64,6 +65,7 @@ class PreprocessOptions:
     tokenizer_name: str | None = None
     eod_id: int | None = None
     pad_id: int | None = None
+    bos: Bos = Bos.model
     align: int = 0
     on_error: OnError = OnError.skip
     workers: int = 1
@@ -153,7 +155,11 @@ def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], 
     files = list_inputs(options.inputs, format=options.format, pattern=options.pattern)
     shards = cut_shards(files, column=options.column, shard_bytes=options.shard_bytes)
     identity = load_tokenizer(
-        options.tokenizer_kind, options.tokenizer_name, eod=options.eod_id, pad=options.pad_id
+        options.tokenizer_kind,
+        options.tokenizer_name,
+        eod=options.eod_id,
+        pad=options.pad_id,
+        start=options.bos,
     ).identity
     if options.align > 1 and identity.pad is None:
         raise ValueError(

@@ -18,7 +18,7 @@ import numpy as np
 from megatron_ttt.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype, write_json
 from megatron_ttt.data.inputs import InputFile
 from megatron_ttt.data.readers import Damage, Document, Piece, read_piece
-from megatron_ttt.data.tokenizers import Tokenizer, TokenizerIdentity, load_tokenizer
+from megatron_ttt.data.tokenizers import Tokenizer, TokenizerIdentity, document_ids, load_tokenizer
 
 EXAMPLES_PER_SHARD = 3
 
@@ -98,7 +98,7 @@ def finished_report(job: ShardJob) -> ShardReport | None:
 
 
 def write_shard(job: ShardJob) -> ShardReport:
-    """Tokenise the shard's documents, each with its end-of-document token appended.
+    """Tokenise the shard's documents, each between the marks of its beginning and its end.
 
     The files appear by renames, the report last: a shard with a report is complete, whenever the
     process was killed. A shard that stops at a damaged document writes nothing.
@@ -147,8 +147,8 @@ def _add(
     job: ShardJob,
     report: ShardReport,
 ) -> None:
-    """Append one document: its tokens, the end-of-document token, padding up to ``align``."""
-    ids = tokenizer.encode_array(text)
+    """Append one document: marks around its tokens, then padding up to ``align``."""
+    ids = document_ids(tokenizer, text)
     align = job.options.align
     padding = -(len(ids) + 1) % align if align else 0
     pad = tokenizer.pad if tokenizer.pad is not None else tokenizer.eod
@@ -186,7 +186,9 @@ def _tokenizer(identity: TokenizerIdentity) -> Tokenizer:
     """
     if identity.kind == "bytes":
         return load_tokenizer(identity.kind)
-    tokenizer = load_tokenizer(identity.kind, identity.name, eod=identity.eod, pad=identity.pad)
+    tokenizer = load_tokenizer(
+        identity.kind, identity.name, eod=identity.eod, pad=identity.pad, start=identity.start
+    )
     if tokenizer.identity != identity:
         raise ValueError(
             f"tokenizer {identity.name} changed while it was used: it is now {tokenizer.identity}"

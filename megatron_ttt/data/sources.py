@@ -4,11 +4,13 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ttt.config.schema import DataConfig, DataSource, TokenizerConfig
+import numpy as np
+
+from megatron_ttt.config.schema import Bos, DataConfig, DataSource, TokenizerConfig
 from megatron_ttt.data.checks import (
     DatasetFacts,
     check_indexed_dataset,
@@ -103,9 +105,10 @@ def _common_tokenizer(
         if facts.sidecar is not None:
             known.append((facts.prefix, facts.sidecar.tokenizer))
     if len(known) < len(all_facts):
-        bare = next(facts.prefix for facts in all_facts if facts.sidecar is None)
+        facts_of_bare = next(facts for facts in all_facts if facts.sidecar is None)
+        bare = facts_of_bare.prefix
         try:
-            identity = load_tokenizer(config.kind.value, config.name).identity
+            identity = _identity_without_sidecar(facts_of_bare, config)
         except ValueError as error:
             raise ValueError(
                 f"{sidecar_path(bare)} does not exist, so data.tokenizer has to say how documents"
@@ -121,12 +124,47 @@ def _common_tokenizer(
                 f"{name} and {first_name} were made with different tokenizers:"
                 f" {_brief(identity)} and {_brief(first)}"
             )
+        if identity.start != first.start:
+            raise ValueError(
+                f"documents of {name} begin with {_ids(identity.start)}, those of {first_name} with"
+                f" {_ids(first.start)}: prepare them with one --bos"
+            )
     configured = config.kind.value
     if configured != first.kind and (configured == "bytes" or config.name):
         raise ValueError(
             f"data.tokenizer.kind={configured}, but {first_name} was made with {_brief(first)}"
         )
+    _check_start(first_name, first, config)
     return first
+
+
+def _identity_without_sidecar(facts: DatasetFacts, config: TokenizerConfig) -> TokenizerIdentity:
+    """What the configuration says; whether documents have a start, their first one shows."""
+    identity = load_tokenizer(
+        config.kind.value, config.name, start=config.bos or Bos.model
+    ).identity
+    begins = np.fromfile(bin_path(facts.prefix), np.dtype(facts.dtype), len(identity.start))
+    return identity if tuple(begins) == identity.start else replace(identity, start=())
+
+
+def _check_start(prefix: str, identity: TokenizerIdentity, config: TokenizerConfig) -> None:
+    """
+    :raises ValueError: ``config`` says what documents begin with, and these begin otherwise.
+    """
+    if config.bos is None:
+        return
+    name = config.name or identity.name
+    wanted = load_tokenizer(identity.kind, name, start=config.bos).identity.start
+    if wanted != identity.start:
+        raise ValueError(
+            f"bos={config.bos.value} means {_ids(wanted)} before a document, but those of {prefix}"
+            f" begin with {_ids(identity.start)}: prepare them with --bos {config.bos.value}, or"
+            " leave the key out"
+        )
+
+
+def _ids(start: Sequence[int]) -> str:
+    return f"the ids {list(start)}" if start else "no mark"
 
 
 def _brief(identity: TokenizerIdentity) -> str:

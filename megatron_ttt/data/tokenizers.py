@@ -1,17 +1,18 @@
 """Text to token ids and back: bytes without any download, or a Hugging Face tokenizer.
 
-Nothing here imports torch. ``transformers`` is imported only for a tokenizer that is named on a
-hub or whose folder has no ``tokenizer.json``; otherwise the small ``tokenizers`` library suffices.
+Every tokenizer is loaded here, whoever reads with it. Nothing here imports torch.
 """
 
-import hashlib
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from megatron_ttt.config.schema import Bos
+from megatron_ttt.data.tokenizer_files import load_files, start_ids
 
 BYTES = "bytes"
 HUGGINGFACE = "huggingface"
@@ -22,7 +23,8 @@ class TokenizerIdentity:
     """What tells two tokenizers apart, and what a reader of token ids has to know.
 
     ``vocab_size`` is one more than the largest id the tokenizer can give; ``pad`` is None when it
-    has no id for padding that differs from ``eod``; ``fingerprint`` is a SHA-256 of its rules.
+    has no id for padding that differs from ``eod``; ``fingerprint`` is a SHA-256 of its rules;
+    ``start`` are the ids that stand before every document.
     """
 
     kind: str
@@ -31,13 +33,17 @@ class TokenizerIdentity:
     eod: int
     pad: int | None
     fingerprint: str
+    start: tuple[int, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "start": list(self.start)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TokenizerIdentity":
-        return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
+        """A record without ``start`` was written when no document got one."""
+        whole = {"start": (), **fields}
+        known = {name: whole[name] for name in cls.__dataclass_fields__}
+        return cls(**{**known, "start": tuple(known["start"])})
 
 
 class Tokenizer(Protocol):
@@ -55,21 +61,41 @@ class Tokenizer(Protocol):
     @property
     def pad(self) -> int | None: ...
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Ids that stand before a document or prompt."""
+        ...
+
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` alone: no marks added at either end, no marks recognised inside it."""
+        """Ids of ``text`` alone: no marks added at either end."""
+        ...
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """``start``, then the ids of ``text``: what a model reads from its first position on."""
+        ...
+
+    def spelled(self, text: str) -> list[str]:
+        """Marks that ``text`` spells out, without repetition."""
         ...
 
     def encode_array(self, text: str) -> NDArray[np.int64]:
-        """The same ids as an array [tokens]; what preprocessing calls, once per document."""
+        """The ids of ``encode`` as an array [tokens]; what preprocessing calls, once a document."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``; end-of-document and padding ids give nothing."""
+        """Text of ``ids``; the marks at a document's ends and padding give nothing."""
         ...
 
 
+class Spelled(Enum):
+    """What a special token is that a text spells out, as ``<|end|>``."""
+
+    characters = "characters"  # ordinary ones: no text can forge a document's end
+    tokens = "tokens"  # itself, as in a prompt that a chat template was filled into
+
+
 class _IdentityProperties:
-    """``vocab_size``, ``eod`` and ``pad`` read from the identity, for both tokenizers."""
+    """``vocab_size``, the marks and what follows from them, for both tokenizers."""
 
     def __init__(self, identity: TokenizerIdentity) -> None:
         self._identity = identity
@@ -90,6 +116,10 @@ class _IdentityProperties:
     def pad(self) -> int | None:
         return self._identity.pad
 
+    @property
+    def start(self) -> tuple[int, ...]:
+        return self._identity.start
+
 
 class ByteTokenizer(_IdentityProperties):
     """One token per UTF-8 byte: ids 0 to 255, end of document 256, padding 257; 258 in all."""
@@ -103,6 +133,13 @@ class ByteTokenizer(_IdentityProperties):
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.encode(text)
+
+    def spelled(self, text: str) -> list[str]:
+        del text
+        return []
 
     def encode_array(self, text: str) -> NDArray[np.int64]:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
@@ -118,16 +155,29 @@ class HuggingFaceTokenizer(_IdentityProperties):
     ``eod`` defaults to the tokenizer's end-of-sequence token. ``pad`` defaults to its padding
     token if that is another id than ``eod``: several published tokenizers pad with their
     end-of-sequence token, and then padding could not be told from a document's end.
+    ``start`` may be given as ids. Whatever the tokenizer adds behind a text is not added here: a
+    document ends with ``eod``, and a prompt is to be continued.
     Special tokens spelled out *inside* a text are encoded as ordinary characters, so no text can
-    forge a document boundary. Truncation and padding stored with the tokenizer mean nothing here.
+    forge a document boundary, unless ``spelled`` says otherwise; a start that such a text spells is
+    not doubled. Truncation and padding stored with the tokenizer mean nothing here.
 
     :raises ValueError: the name cannot be loaded, its merges are random, it has no end-of-sequence
-        token and none is given, ``eod`` equals ``pad``, or either lies outside its ids.
+        token and none is given, ``eod`` equals ``pad``, a mark lies outside its ids, or its files
+        disagree about what stands before a text and ``start`` is ``Bos.model``.
     """
 
-    def __init__(self, name: str, *, eod: int | None = None, pad: int | None = None) -> None:
-        backend, eos_token, pad_token = _load_backend(name)
-        _read_whole_texts(backend, name)
+    def __init__(
+        self,
+        name: str,
+        *,
+        eod: int | None = None,
+        pad: int | None = None,
+        start: Bos | Sequence[int] = Bos.model,
+        spelled: Spelled = Spelled.characters,
+    ) -> None:
+        files = load_files(name)
+        backend, eos_token, pad_token = files.backend, files.eos_token, files.pad_token
+        self._recognises = spelled is Spelled.tokens
         vocabulary = backend.get_vocab(with_added_tokens=True)
         vocab_size = max(vocabulary.values()) + 1
         if eod is None:
@@ -140,12 +190,13 @@ class HuggingFaceTokenizer(_IdentityProperties):
             pad = vocabulary[pad_token]
         if pad == eod:
             raise ValueError(f"tokenizer {name}: padding and end of document share the id {eod}")
-        for role, token in (("end-of-document", eod), ("padding", pad)):
+        before = start_ids(files, name, start) if isinstance(start, Bos) else tuple(start)
+        starts = (("document start", token) for token in before)
+        for role, token in (("end-of-document", eod), ("padding", pad), *starts):
             if token is not None and not 0 <= token < vocab_size:
                 raise ValueError(
                     f"tokenizer {name}: {role} id {token} is outside 0..{vocab_size - 1}"
                 )
-        rules = json.dumps(json.loads(backend.to_str()), sort_keys=True)
         super().__init__(
             TokenizerIdentity(
                 kind=HUGGINGFACE,
@@ -153,15 +204,25 @@ class HuggingFaceTokenizer(_IdentityProperties):
                 vocab_size=vocab_size,
                 eod=eod,
                 pad=pad,
-                fingerprint=hashlib.sha256(rules.encode()).hexdigest(),
+                fingerprint=files.fingerprint(),
+                start=before,
             )
         )
+        backend.encode_special_tokens = not self._recognises
         self._backend = backend
-        self._silent = {token for token in (eod, pad) if token is not None}
+        self._silent = {token for token in (eod, pad, *before) if token is not None}
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        ids, start = self.encode(text), list(self.start)
+        return ids if self._recognises and ids[: len(start)] == start else start + ids
+
+    def spelled(self, text: str) -> list[str]:
+        added = self._backend.get_added_tokens_decoder().values()
+        return [token.content for token in added if token.special and token.content in text]
 
     def encode_array(self, text: str) -> NDArray[np.int64]:
         return np.asarray(self.encode(text), dtype=np.int64)
@@ -173,10 +234,18 @@ class HuggingFaceTokenizer(_IdentityProperties):
 
 
 def load_tokenizer(
-    kind: str, name: str | None = None, *, eod: int | None = None, pad: int | None = None
+    kind: str,
+    name: str | None = None,
+    *,
+    eod: int | None = None,
+    pad: int | None = None,
+    start: Bos | Sequence[int] = Bos.model,
+    spelled: Spelled = Spelled.characters,
 ) -> Tokenizer:
     """The tokenizer of ``kind`` (``bytes`` or ``huggingface``), with other ids for its marks.
 
+    :param start: what stands before a document or prompt.
+    :param spelled: what a special token is that a text spells out.
     :raises ValueError: unknown kind, a missing or unloadable name, or unusable ids.
     """
     if kind == BYTES:
@@ -184,6 +253,8 @@ def load_tokenizer(
             raise ValueError(
                 "the byte tokenizer's marks are fixed: end of document 256, padding 257"
             )
+        if start is Bos.add or (not isinstance(start, Bos) and len(start)):
+            raise ValueError("the byte tokenizer has no mark for a document's beginning (bos=add)")
         return ByteTokenizer()
     if kind != HUGGINGFACE:
         raise ValueError(f"unknown tokenizer kind {kind!r}: valid are {BYTES}, {HUGGINGFACE}")
@@ -191,77 +262,51 @@ def load_tokenizer(
         raise ValueError(
             "a huggingface tokenizer needs the name of a folder or of a hub's repository"
         )
-    return HuggingFaceTokenizer(name, eod=eod, pad=pad)
+    return HuggingFaceTokenizer(name, eod=eod, pad=pad, start=start, spelled=spelled)
 
 
-def _read_whole_texts(backend: Any, name: str) -> None:
-    """Make ``backend`` encode a text whole and alone, whatever its file stores besides its rules.
+def document_ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
+    """The tokenizer's start and the ids of ``text`` [tokens]; without the end of document."""
+    start = np.asarray(tokenizer.start, dtype=np.int64)
+    return np.concatenate([start, tokenizer.encode_array(text)])
 
-    ``transformers`` writes the truncation and the padding of its last call into the file and sets
-    them anew at every call; the small library would obey what it finds there.
 
-    :raises ValueError: its merges are dropped at random: equal texts would get unequal tokens.
+@dataclass(frozen=True)
+class ModelTokenizer:
+    """The tokenizer that belongs to a checkpoint, as far as it says.
+
+    ``name`` is ``bytes``, a folder or a name on a hub; ``trained`` is that of the documents which
+    the model was trained on. Either is None where it is unknown.
     """
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    dropout = getattr(backend.model, "dropout", None)
-    if dropout:
-        raise ValueError(
-            f"tokenizer {name} drops merges at random (model.dropout={dropout:.3g} in"
-            " tokenizer.json): set it to null"
+
+    name: str | None
+    trained: TokenizerIdentity | None = None
+
+    def open(
+        self,
+        name: str | None,
+        *,
+        bos: Bos | None = None,
+        spelled: Spelled = Spelled.characters,
+    ) -> Tokenizer | None:
+        """Load it; None where no name is known.
+
+        Its marks are those of the training documents, where these were made with the same rules.
+
+        :param name: another one than the checkpoint's.
+        :param bos: what stands before a text; None: what stood before those documents, or what the
+            tokenizer adds by itself where they are unknown.
+        :raises ValueError: see :func:`load_tokenizer`.
+        """
+        name = name if name is not None else self.name
+        if name is None:
+            return None
+        if name == BYTES:
+            return load_tokenizer(BYTES, start=bos or Bos.model)
+        trained = self.trained
+        if trained is None or trained.fingerprint != load_files(name).fingerprint():
+            return load_tokenizer(HUGGINGFACE, name, start=bos or Bos.model, spelled=spelled)
+        start = trained.start if bos is None else bos
+        return load_tokenizer(
+            HUGGINGFACE, name, eod=trained.eod, pad=trained.pad, start=start, spelled=spelled
         )
-
-
-def _load_backend(name: str) -> tuple[Any, str | None, str | None]:
-    """The Rust tokenizer behind ``name``, its end-of-sequence and its padding token's text."""
-    folder = Path(name)
-    if (folder / "tokenizer.json").is_file():
-        return _load_folder(folder)
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(
-            f"tokenizer {name}: no {folder / 'tokenizer.json'} on disk, and loading by name needs"
-            " the transformers package (pip install 'megatron_ttt[hf]')"
-        ) from error
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"tokenizer {name} cannot be loaded: {reason[0] if reason else type(error).__name__}"
-        ) from error
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError(f"tokenizer {name} has no fast (Rust) form, which preprocessing needs")
-    return backend, tokenizer.eos_token, tokenizer.pad_token
-
-
-def _load_folder(folder: Path) -> tuple[Any, str | None, str | None]:
-    """A folder's ``tokenizer.json`` and the two marks its ``tokenizer_config.json`` names."""
-    import tokenizers
-
-    path = folder / "tokenizer.json"
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-        config_path = folder / "tokenizer_config.json"
-        config = (
-            json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {folder} cannot be read: {error}") from error
-    try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # what the library raises has no narrower type
-        raise ValueError(f"{path} holds no tokenizer: {str(error).splitlines()[0]}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{config_path} is not a JSON object")
-    marks = [config.get("eos_token"), config.get("pad_token")]
-    eos_token, pad_token = (m["content"] if isinstance(m, dict) else m for m in marks)
-    for token in (eos_token, pad_token):
-        if token is not None and backend.token_to_id(token) is None:
-            raise ValueError(
-                f"tokenizer {folder} names the token {token!r}, which it does not have"
-            )
-    return backend, eos_token, pad_token

@@ -27,7 +27,7 @@ from megatron_ttt.data.inputs import list_inputs
 from megatron_ttt.data.readers import Damage, read_documents
 from megatron_ttt.data.rows import Batch, make_batch
 from megatron_ttt.data.sources import open_source
-from megatron_ttt.data.tokenizers import Tokenizer
+from megatron_ttt.data.tokenizers import Tokenizer, document_ids
 from megatron_ttt.evaluation.schema import DataSplit, EvaluationData, RowKind
 from megatron_ttt.evaluation.subject import Subject
 
@@ -135,7 +135,7 @@ def _from_files(tokenizer: Tokenizer, data: EvaluationData) -> Iterator[Tensor]:
     files = list_inputs(list(names), format=data.format, pattern=None, option="data.format=")
     for where, document in read_documents(files, json_key="text", column="text"):
         if document.text is not None:
-            yield torch.from_numpy(tokenizer.encode_array(document.text))
+            yield torch.from_numpy(document_ids(tokenizer, document.text))
         elif document.damage is not Damage.empty:
             assert document.damage is not None
             raise ValueError(f"{where} {document.damage.value}")
@@ -190,6 +190,8 @@ def _data_config(subject: Subject, data: EvaluationData) -> DataConfig:
     elif not known or (config.source is DataSource.files and config.path is None):
         message = f"{subject.source.path} names no data of its own: give files, or .bin/.idx"
         raise ConfigError([Fault("data.path", None, message)])
+    if data.bos is not None:
+        config = replace(config, tokenizer=replace(config.tokenizer, bos=data.bos))
     if data.shares is not None:
         config = replace(config, split=data.shares)
     return config

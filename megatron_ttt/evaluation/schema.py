@@ -20,7 +20,7 @@ from megatron_ttt.config.effects import ALWAYS, Condition, Effects
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.load import Root
 from megatron_ttt.config.reading import ReadingMode, ReadingRule
-from megatron_ttt.config.schema import CPOrder, Precision, ScanAlgorithm
+from megatron_ttt.config.schema import Bos, CPOrder, Precision, ScanAlgorithm
 from megatron_ttt.data.inputs import InputFormat
 
 
@@ -87,6 +87,7 @@ class EvaluationData:
     split: DataSplit = DataSplit.validation  # of indexed data; files are read whole
     rows: RowKind = RowKind.documents
     shares: str | None = None  # as data.split of the run; null: the run's
+    bos: Bos | None = None  # before a document or prompt; null: as in training, where known
     tokenizer: str | None = None  # bytes, or a folder or hub name; null: the checkpoint's
 
 
@@ -238,6 +239,7 @@ EVALUATION_EFFECTS: Effects = {
     "data.split": _ROWS,
     "data.rows": _ROWS,
     "data.shares": _ROWS,
+    "data.bos": _task_reads(*(task for task in EvaluationTask if task.name != "speed")),
     "data.tokenizer": _task_reads(*(task for task in EvaluationTask if task.name != "speed")),
     "perplexity.length": _PERPLEXITY,
     "perplexity.rows": _PERPLEXITY,

@@ -17,6 +17,7 @@ from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import fitting_rule, modes
 from megatron_ttt.config.schema import (
     AttentionBackend,
+    Bos,
     Config,
     DataConfig,
     ModelConfig,
@@ -35,9 +36,9 @@ from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.manifest import HF_SCHEME, described_model
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.ttt_config import ttt_from_hf
-from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
-from megatron_ttt.inference.megatron_backend import tokenizer_name
+from megatron_ttt.inference.megatron_backend import model_tokenizer
 from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
@@ -263,7 +264,7 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
         ConfigError: the folder cannot be loaded, or its tokenizer cannot.
     """
     reading = reading_config(source, config, length=length, world_size=launched().world_size)
-    tokenizer = _tokenizer(source, config.data.tokenizer)
+    tokenizer = _tokenizer(source, config.data.tokenizer, config.data.bos)
     # Advice about overlapping the reduction of gradients; reading has none.
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     with distributed(reading) as ranks:
@@ -288,15 +289,13 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
         )
 
 
-def _tokenizer(source: Source, wanted: str | None) -> Tokenizer | None:
-    name = wanted
-    if name is None and source.megatron is not None:
-        name = tokenizer_name(source.megatron)
-    if name is None and (source.path / "tokenizer.json").is_file():
-        name = str(source.path)
-    if name is None:
-        return None
+def _tokenizer(source: Source, wanted: str | None, bos: Bos | None) -> Tokenizer | None:
+    if source.megatron is not None:
+        known = model_tokenizer(source.megatron)
+    else:
+        has_tokenizer = (source.path / "tokenizer.json").is_file()
+        known = ModelTokenizer(str(source.path) if has_tokenizer else None)
     try:
-        return load_tokenizer("bytes") if name == "bytes" else load_tokenizer("huggingface", name)
+        return known.open(wanted, bos=bos)
     except ValueError as error:
-        raise ConfigError([Fault("data.tokenizer", name, str(error))]) from error
+        raise ConfigError([Fault("data.tokenizer", wanted or known.name, str(error))]) from error

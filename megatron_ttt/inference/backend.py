@@ -9,6 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_ttt.data.tokenizers import ModelTokenizer
 from megatron_ttt.inference.fast_weight_state import Unfinished
 from megatron_ttt.inference.generation import Reader
 from megatron_ttt.inference.sampling import Sampler
@@ -63,7 +64,7 @@ class Backend(Protocol, Generic[AnyReader]):
         device: where the model lives.
         max_positions, vocab_size: what it was made for.
         stop_tokens: that the checkpoint names; empty: the tokenizer's end of document.
-        tokenizer: ``bytes``, or the folder of the one that belongs to the model; None: unknown.
+        tokenizer: what the checkpoint says about the one that belongs to it.
     """
 
     speaks: bool
@@ -71,7 +72,7 @@ class Backend(Protocol, Generic[AnyReader]):
     max_positions: int
     vocab_size: int
     stop_tokens: frozenset[int]
-    tokenizer: str | None
+    tokenizer: ModelTokenizer
 
     def new_reader(self, batch: int) -> AnyReader:
         """Reads from position 0 with the trained weights."""

@@ -24,6 +24,7 @@ from megatron_ttt.config.schema import (
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.conversion.manifest import described_model, origin
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
+from megatron_ttt.data.tokenizers import ModelTokenizer, TokenizerIdentity
 from megatron_ttt.inference.backend import Turn, UnfitModel
 from megatron_ttt.inference.fast_weight_state import Unfinished
 from megatron_ttt.inference.model_session import ModelSession, update_rule
@@ -63,13 +64,18 @@ def reading_config(folder: MegatronFolder, *, tp: int, cp: int) -> Config:
     )
 
 
-def tokenizer_name(folder: MegatronFolder) -> str | None:
-    """The tokenizer that belongs to a checkpoint, as far as it says."""
+def model_tokenizer(folder: MegatronFolder) -> ModelTokenizer:
+    """What a checkpoint says about its tokenizer: its run's, or the one it was imported with."""
+    recorded = folder.facts.get("data", {}).get("tokenizer")
+    trained = None if recorded is None else TokenizerIdentity.from_dict(recorded)
     named = folder.facts.get("config", {}).get("data", {}).get("tokenizer", {})
     if named.get("kind") == "bytes":
-        return "bytes"
+        return ModelTokenizer("bytes", trained)
     found = origin(folder)
-    return named.get("name") if found is None else str(found)
+    name = named.get("name") if found is None else str(found)
+    if name is None and trained is not None:
+        name = trained.name if trained.name is not None else trained.kind
+    return ModelTokenizer(name, trained)
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def megatron_backend(
         folder = MegatronFolder(path)
         config = reading_config(folder, tp=tp, cp=cp)
         config.ttt = fitting_rule(config.ttt, rule)
-        tokenizer = tokenizer_name(folder)
+        tokenizer = model_tokenizer(folder)
     except ConfigError as error:
         raise UnfitModel(str(error).splitlines()[0]) from error
     # Advice about overlapping the reduction of gradients; reading has none.
@@ -128,7 +134,7 @@ class MegatronBackend:
         ranks: Ranks,
         *,
         mode: TTTMode,
-        tokenizer: str | None,
+        tokenizer: ModelTokenizer,
     ) -> None:
         self.model, self.config, self.ranks, self.mode = model, config, ranks, mode
         self.device = ranks.device

@@ -15,6 +15,7 @@ from megatron_ttt.config.schema import TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
+from megatron_ttt.data.tokenizers import ModelTokenizer
 from megatron_ttt.hf import (
     LlamaTTTForCausalLM,
     MistralTTTForCausalLM,
@@ -134,7 +135,8 @@ class TransformersBackend:
         self.max_positions: int = model.config.max_position_embeddings
         stop = model.generation_config.eos_token_id
         self.stop_tokens = frozenset([stop] if isinstance(stop, int) else stop or [])
-        self.tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
+        has_tokenizer = (folder / "tokenizer.json").is_file()
+        self.tokenizer = ModelTokenizer(str(folder) if has_tokenizer else None)
 
     @cached_property
     def identity(self) -> Identity:

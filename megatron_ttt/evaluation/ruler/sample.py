@@ -97,10 +97,10 @@ def make_sample(
     puzzle = BUILDERS[task](rng, Setting(tokenizer, length, haystack, depth))
     answer_ids = _continuation(tokenizer, puzzle)
     new_tokens = 2 * len(answer_ids)
-    least_ids = tokenizer.encode(puzzle.prompt(puzzle.smallest))
+    least_ids = tokenizer.encode_prompt(puzzle.prompt(puzzle.smallest))
     if len(least_ids) + new_tokens > length:
         raise TooShort(len(least_ids) + new_tokens)
-    prompt_ids = _filled(puzzle, tokenizer.encode, least_ids, budget=length - new_tokens)
+    prompt_ids = _filled(puzzle, tokenizer.encode_prompt, least_ids, budget=length - new_tokens)
     return Sample(prompt_ids, answer_ids, puzzle.answers, puzzle.match, new_tokens)
 
 
@@ -109,7 +109,7 @@ def smallest_length(
 ) -> int:
     """Tokens of the shortest sample: ``make_sample`` with a shorter length raises ``TooShort``."""
     puzzle = BUILDERS[task](rng, Setting(tokenizer, length, haystack))
-    prompt = tokenizer.encode(puzzle.prompt(puzzle.smallest))
+    prompt = tokenizer.encode_prompt(puzzle.prompt(puzzle.smallest))
     return len(prompt) + 2 * len(_continuation(tokenizer, puzzle))
 
 

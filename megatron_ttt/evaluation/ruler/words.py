@@ -72,7 +72,7 @@ def common_words(rng: random.Random, setting: Setting) -> Puzzle:
 
     puzzles = [puzzle(*counts) for counts in _COUNTS]
     for fitting in puzzles:
-        tokens = len(setting.tokenizer.encode(fitting.prompt(fitting.smallest)))
+        tokens = len(setting.tokenizer.encode_prompt(fitting.prompt(fitting.smallest)))
         if 2 * tokens <= setting.length:
             return fitting
     return puzzles[-1]

@@ -33,22 +33,45 @@ def save_tokenizer(
     eos_token: str | None = "<|end|>",
     pad_token: str | None = None,
     merges: int = 60,
+    template: str | None = None,
+    bos_token: str | None = None,
+    add_bos_token: bool | None = None,
 ) -> str:
-    """A byte-level BPE trained on the spot; ids 0 and 1 are ``<|end|>`` and ``<|pad|>``."""
+    """A byte-level BPE trained on the spot; ids 0, 1, 2: ``<|end|>``, ``<|pad|>``, ``<|begin|>``.
+
+    :param template: what the tokenizer adds to a text, as ``<|begin|> $A``; with it, or with
+        ``bos_token``, the third mark is one.
+    """
+    marks = ["<|end|>", "<|pad|>", *(["<|begin|>"] if template or bos_token else [])]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=258 + merges,
-        special_tokens=["<|end|>", "<|pad|>"],
+        special_tokens=marks,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator([make_text(i, 40) for i in range(20)], trainer)
+    if template is not None:
+        processors = tokenizers.processors
+        tokenizer.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=template, special_tokens=[(mark, id) for id, mark in enumerate(marks)]
+                ),
+            ]
+        )
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"eos_token": eos_token, "pad_token": pad_token}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config = {
+        "eos_token": eos_token,
+        "pad_token": pad_token,
+        "bos_token": bos_token,
+        "add_bos_token": add_bos_token,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     kept = {key: value for key, value in config.items() if value is not None}
     (folder / "tokenizer_config.json").write_text(json.dumps(kept))
     return str(folder)

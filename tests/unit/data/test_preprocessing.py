@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.checks import check_indexed_dataset
 from megatron_ttt.data.indexed import bin_path, idx_path, sidecar_path
 from megatron_ttt.data.inputs import InputFormat
@@ -82,6 +83,20 @@ def test_a_hugging_face_tokenizer(tmp_path: Path) -> None:
     assert summary.sidecar.tokenizer == tokenizer.identity
     facts = check_indexed_dataset(job.output)
     assert facts.sidecar == summary.sidecar
+
+
+@pytest.mark.parametrize("bos", Bos)
+def test_documents_begin_as_the_tokenizer_or_the_option_says(tmp_path: Path, bos: Bos) -> None:
+    name = save_tokenizer(tmp_path / "t", template="<|begin|> $A", bos_token="<|begin|>")
+    path = as_jsonl(tmp_path / "x.jsonl")
+    job = options(tmp_path, path, tokenizer_kind="huggingface", tokenizer_name=name, bos=bos)
+    summary = preprocess(replace(job, align=8, pad_id=1))
+    encode, start = HuggingFaceTokenizer(name).encode, [] if bos is Bos.none else [2]
+    ids = [[*start, *encode(text), 0] for text in TEXTS]
+    assert read_back(job.output) == [[*one, *[1] * (-len(one) % 8)] for one in ids]
+    assert check_indexed_dataset(job.output).sidecar == summary.sidecar
+    assert summary.sidecar.tokenizer.start == tuple(start)
+    assert summary.sidecar.longest_document_tokens == max(map(len, ids))
 
 
 def test_documents_are_whole_whatever_the_tokenizer_stores(tmp_path: Path) -> None:

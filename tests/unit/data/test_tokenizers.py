@@ -2,10 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_ttt.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer, load_tokenizer
+from megatron_ttt.config.schema import Bos
+from megatron_ttt.data.tokenizers import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    ModelTokenizer,
+    Spelled,
+    TokenizerIdentity,
+    document_ids,
+    load_tokenizer,
+)
 from tests.unit.data.helpers import save_tokenizer, store_truncation
 
 TEXT = "Grüße, 世界!\n\tdef f(): pass\r\n"
@@ -47,7 +57,11 @@ def test_identity_tells_tokenizers_apart(tmp_path: Path) -> None:
     same = HuggingFaceTokenizer(save_tokenizer(tmp_path / "same")).identity
     other = HuggingFaceTokenizer(save_tokenizer(tmp_path / "other", merges=90)).identity
     assert one.fingerprint == same.fingerprint != other.fingerprint
-    assert type(one).from_dict(json.loads(json.dumps(one.as_dict()))) == one
+    begun = HuggingFaceTokenizer(save_tokenizer(tmp_path / "begun", **BEGIN)).identity
+    for identity in (one, begun):
+        assert TokenizerIdentity.from_dict(json.loads(json.dumps(identity.as_dict()))) == identity
+    old = {key: value for key, value in one.as_dict().items() if key != "start"}
+    assert TokenizerIdentity.from_dict(old) == one  # a record from before there was a start
 
 
 @pytest.mark.parametrize("direction", ["left", "right"])
@@ -74,6 +88,114 @@ def test_what_transformers_saves_after_truncating(tmp_path: Path) -> None:
     assert stored["truncation"]["max_length"] == 9
     ours = HuggingFaceTokenizer(str(tmp_path / "saved"))
     assert ours.encode(TEXT * 20) == theirs(TEXT * 20)["input_ids"]
+
+
+BEGIN = {"template": "<|begin|> $A", "bos_token": "<|begin|>"}
+NAMED = {"bos_token": "<|begin|>"}
+
+
+@pytest.mark.parametrize(
+    ("files", "start"),
+    [
+        ({}, []),  # Qwen
+        (NAMED, []),
+        ({**NAMED, "add_bos_token": False}, []),
+        (BEGIN, [2]),  # LLaMA-3
+        ({**BEGIN, "add_bos_token": True}, [2]),  # LLaMA-2, Mistral
+        ({**BEGIN, "template": "<|begin|> $A <|end|>"}, [2]),
+        ({**NAMED, "template": "$A <|end|>"}, []),
+        ({"template": "<|pad|> <|begin|> $A"}, [1, 2]),
+    ],
+)
+def test_what_stands_before_a_text_is_what_transformers_puts_there(
+    tmp_path: Path, files: dict[str, Any], start: list[int]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = save_tokenizer(tmp_path / "t", **files)
+    store_truncation(folder)
+    ours = HuggingFaceTokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    end = [0] if "end" in files.get("template", "") else []  # a prompt is to be continued
+    assert list(ours.start) == start
+    assert ours.encode_prompt(TEXT) + end == theirs(TEXT)["input_ids"]
+    assert ours.encode_prompt(TEXT) == start + ours.encode(TEXT)
+    assert document_ids(ours, TEXT).tolist() == ours.encode_prompt(TEXT)
+    assert ours.decode([*ours.encode_prompt(TEXT), ours.eod]) == TEXT
+
+
+def test_what_stands_before_a_text_can_be_chosen(tmp_path: Path) -> None:
+    adds = save_tokenizer(tmp_path / "adds", **BEGIN)
+    names = save_tokenizer(tmp_path / "names", **NAMED)
+    for folder in (adds, names):
+        assert HuggingFaceTokenizer(folder, start=Bos.add).start == (2,)
+        assert HuggingFaceTokenizer(folder, start=Bos.none).start == ()
+        assert HuggingFaceTokenizer(folder, start=[1, 2]).encode_prompt("")[:2] == [1, 2]
+    assert HuggingFaceTokenizer(adds).identity.fingerprint == (
+        HuggingFaceTokenizer(adds, start=Bos.none).identity.fingerprint
+    )
+    with pytest.raises(ValueError, match=r"names no beginning-of-sequence token \(bos=add\)"):
+        HuggingFaceTokenizer(save_tokenizer(tmp_path / "plain"), start=Bos.add)
+    with pytest.raises(ValueError, match="document start id 9999 is outside 0"):
+        HuggingFaceTokenizer(adds, start=[9999])
+    with pytest.raises(ValueError, match="byte tokenizer has no mark"):
+        load_tokenizer("bytes", start=Bos.add)
+    assert load_tokenizer("bytes", start=Bos.none).encode_prompt("a") == [97]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({**NAMED, "add_bos_token": True}, "add_bos_token=true .* puts nothing before"),
+        ({**BEGIN, "add_bos_token": False}, r"add_bos_token=false .* puts the ids \[2\] before"),
+    ],
+)
+def test_files_that_disagree_are_not_guessed(
+    tmp_path: Path, files: dict[str, Any], said: str
+) -> None:
+    """Versions of ``transformers`` differ about them."""
+    folder = save_tokenizer(tmp_path / "t", **files)
+    with pytest.raises(ValueError, match=said + r".*\(bos=add or bos=none\)"):
+        HuggingFaceTokenizer(folder)
+    assert HuggingFaceTokenizer(folder, start=Bos.add).start == (2,)
+    assert HuggingFaceTokenizer(folder, start=Bos.none).start == ()
+
+
+def test_a_filled_chat_template_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    folder = save_tokenizer(tmp_path / "t", **BEGIN)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    chat = "<|begin|>a question<|end|>"
+    tokens = HuggingFaceTokenizer(folder, spelled=Spelled.tokens)
+    ids = theirs(chat, add_special_tokens=False)["input_ids"]
+    assert ids[0] == 2 and ids[-1] == 0
+    assert tokens.encode_prompt(chat) == ids  # the mark is not doubled
+    assert tokens.encode_prompt("a question") == theirs("a question")["input_ids"]
+    characters = HuggingFaceTokenizer(folder)
+    assert characters.spelled(chat) == ["<|end|>", "<|begin|>"]
+    assert characters.spelled("a question") == ByteTokenizer().spelled(chat) == []
+    assert characters.encode_prompt(chat) == [2, *characters.encode(chat)]
+    assert 0 not in characters.encode(chat) and 2 not in characters.encode(chat)
+
+
+def test_a_models_texts_begin_as_its_training_documents_did(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "t", **BEGIN)
+    other = save_tokenizer(tmp_path / "other", merges=90, **BEGIN)
+    trained = HuggingFaceTokenizer(folder, eod=1, start=Bos.none).identity
+    known = ModelTokenizer(folder, trained)
+    for tokenizer in (
+        known.open(None),
+        known.open(folder),
+        ModelTokenizer(None, trained).open(folder),
+    ):
+        assert tokenizer is not None
+        assert (tokenizer.start, tokenizer.eod, tokenizer.pad) == ((), 1, trained.pad)
+    explicit, foreign = known.open(None, bos=Bos.model), known.open(other)
+    assert explicit is not None and explicit.start == (2,)
+    assert foreign is not None and (foreign.start, foreign.eod) == ((2,), 0)
+    unknown = ModelTokenizer(folder).open(None)
+    assert unknown is not None and unknown.start == (2,)
+    assert ModelTokenizer(None).open(None) is None
+    assert isinstance(ModelTokenizer("bytes").open(None), ByteTokenizer)
 
 
 def test_random_merges_are_refused(tmp_path: Path) -> None:

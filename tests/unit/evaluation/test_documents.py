@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megatron_ttt.data.inputs import InputFormat
-from megatron_ttt.data.tokenizers import ByteTokenizer
+from megatron_ttt.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_ttt.evaluation.documents import TextRows, _from_files, _packed, _starts
 from megatron_ttt.evaluation.schema import EvaluationData
+from tests.unit.data.helpers import save_tokenizer
 
 EOD = 0
 
@@ -86,3 +87,12 @@ def test_files_that_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"give data\.format=jsonl or text"):
         texts_of(records)
     assert texts_of(records, format=InputFormat.jsonl) == ["a", "b"]
+
+
+def test_documents_begin_with_the_tokenizers_mark(tmp_path: Path) -> None:
+    name = save_tokenizer(tmp_path / "t", template="<|begin|> $A", bos_token="<|begin|>")
+    path = tmp_path / "x.txt"
+    path.write_text("the file")
+    tokenizer = HuggingFaceTokenizer(name)
+    (found,) = _from_files(tokenizer, EvaluationData(path=str(path)))
+    assert found.tolist() == [2, *tokenizer.encode("the file")]

@@ -264,3 +264,28 @@ def test_no_word_contains_another() -> None:
     assert not [(a, b) for a in ADJECTIVES for b in ADJECTIVES if a != b and b.endswith(a)]
     assert not [(a, b) for a in NOUNS for b in NOUNS if a != b and b.startswith(a)]
     assert not [(a, b) for a in SYLLABLES for b in SYLLABLES if a != b and b.startswith(a)]
+
+
+@pytest.mark.parametrize("task", RulerTask)
+def test_a_prompt_begins_with_the_tokenizers_mark(
+    tokenizers: dict[str, Tokenizer], task: RulerTask
+) -> None:
+    """And it counts: the sample is as long as the one without."""
+    plain = tokenizers["bpe"]
+    assert plain.identity.name is not None
+    marked = load_tokenizer("huggingface", plain.identity.name, start=[0])
+    for length in (LENGTH, 1500):
+        sample, unmarked = (
+            sample_of(task, marked, length=length),
+            sample_of(task, plain, length=length),
+        )
+        assert sample.prompt_ids[0] == 0 and 0 not in sample.prompt_ids[1:]
+        assert 0 not in sample.answer_ids
+        assert len(sample.prompt_ids) + sample.new_tokens <= length
+        assert text_of(sample, marked)[:40] == text_of(unmarked, plain)[:40]
+    options = {"length": LENGTH, "haystack": Haystack.noise()}
+    sizes = [
+        smallest_length(task, tokenizer=tokenizer, rng=sample_rng(7, task, LENGTH, 0), **options)
+        for tokenizer in (plain, marked)
+    ]
+    assert sizes[1] == sizes[0] + 1
