@@ -90,6 +90,7 @@ TRAINING_BOUNDS: Mapping[str, Bound] = {
     "optimizer.min_lr": Bound(0, 1e3),
     "optimizer.warmup_steps": Bound(0),
     "optimizer.warmup_fraction": FRACTION,
+    "optimizer.decay_fraction": Bound(0, 1, open=True, words="must lie in (0, 1]"),
     "optimizer.weight_decay": Bound(0, 1e3),
     "optimizer.beta1": FRACTION,
     "optimizer.beta2": FRACTION,

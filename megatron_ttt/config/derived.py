@@ -74,6 +74,11 @@ def warmup_steps(config: Config) -> int:
     return round(config.optimizer.warmup_fraction * config.train.steps)
 
 
+def decay_steps(config: Config) -> int:
+    """Step from which on the learning rate stays at ``optimizer.min_lr``."""
+    return round(config.optimizer.decay_fraction * config.train.steps)
+
+
 def padded_vocab_size(model: ModelConfig, tp: int) -> int:
     """Rows of the embedding and of the output layer: the vocabulary rounded up to whole shards.
 

@@ -246,6 +246,7 @@ class OptimizerConfig:
     schedule: Schedule = Schedule.cosine
     warmup_steps: int | None = None  # null: warmup_fraction of train.steps
     warmup_fraction: float = 0.02
+    decay_fraction: float = 1.0  # of train.steps, after which the rate stays at min_lr
     weight_decay: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95

@@ -96,7 +96,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
             "train.seq_length",
             config.train.seq_length,
             f"{model.name} has {model.max_positions} positions (model.max_positions); a longer"
-            " context needs model.rope.scaling=yarn and more of them",
+            " context needs more of them, stretched (model.rope.scaling=yarn) or as they are",
         )
 
 
@@ -194,6 +194,12 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
             optimizer.warmup_steps,
             f"must be below train.steps={config.train.steps}",
         )
+    elif derived.decay_steps(config) <= derived.warmup_steps(config) < config.train.steps:
+        message = (
+            f"ends the decay at step {derived.decay_steps(config)} of {config.train.steps}, not"
+            f" after warm-up, which takes {derived.warmup_steps(config)}"
+        )
+        yield Fault("optimizer.decay_fraction", optimizer.decay_fraction, message)
 
 
 def _train_faults(config: Config) -> Iterator[Fault]:

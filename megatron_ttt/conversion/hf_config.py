@@ -190,8 +190,8 @@ def check_agreement(
 ) -> list[str]:
     """A model's configuration must be that of the checkpoint it starts from.
 
-    One difference is meant: YaRN over a checkpoint without it, stretching exactly the positions
-    that the checkpoint has.
+    Two differences are meant: YaRN over a checkpoint without it, stretching exactly the positions
+    that the checkpoint has; and more positions than it has, which is a choice that gets a notice.
 
     Args:
         model: the run's.
@@ -200,7 +200,7 @@ def check_agreement(
         chosen: dotted keys by which the run may differ, since the user gave them.
 
     Returns:
-        One line for each difference that the user chose.
+        One line for each difference that is a choice.
 
     Raises:
         ConfigError: one fault for each other differing key, under both sides' names.
@@ -211,6 +211,13 @@ def check_agreement(
         ignored |= {name for name in ours if name.startswith("rope.") and name != "rope.base"}
         ignored.add("max_positions")
     faults, notices = [], []
+    if "max_positions" not in ignored and model.max_positions > checkpoint.max_positions:
+        ignored.add("max_positions")
+        notices.append(
+            f"notice: model.max_positions={model.max_positions}, the checkpoint has"
+            f" {_NAMES['max_positions']}={checkpoint.max_positions} ({where}): the rotary"
+            " embedding goes on beyond them as it is"
+        )
     for name, value in ours.items():
         if name in ignored or _same(value, theirs[name]):
             continue

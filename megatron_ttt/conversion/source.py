@@ -185,7 +185,8 @@ def described_ttt(
     Args:
         folder: the source.
         layers: those that get a target generator, empty for none; ``None``: the source's own, or
-            every sixth of a plain model.
+            every sixth of a plain model. The published list of a model of 36 layers ends in 36,
+            which the published implementation ignores: one past the last is left out, warning.
         chunk_size, eta: instead of the source's.
 
     Raises:
@@ -210,6 +211,10 @@ def described_ttt(
             eta=ttt.eta if eta is None else eta,
         )
     if layers is not None:
+        if model.layers in layers and len(layers) > 1:
+            message = f"--ttt-layers: {model.layers} is left out: layers are 0 to"
+            warnings.warn(f"{message} {model.layers - 1}", stacklevel=2)
+            layers = [layer for layer in layers if layer != model.layers]
         absent = [layer for layer in layers if not 0 <= layer < model.layers]
         if absent:
             message = f"layers are 0 to {model.layers - 1}"

@@ -3,7 +3,7 @@
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ttt.config.derived import warmup_steps
+from megatron_ttt.config.derived import decay_steps, warmup_steps
 from megatron_ttt.config.schema import Config
 from megatron_ttt.training.progress import BEGINNING, Progress
 
@@ -41,4 +41,4 @@ def _bounds(config: Config, progress: Progress) -> tuple[int, int]:
     """Samples after which warm-up and decay end."""
     batch = config.train.global_batch_size
     warmup = progress.samples_at(warmup_steps(config), batch)
-    return warmup, progress.samples_at(config.train.steps, batch)
+    return warmup, progress.samples_at(decay_steps(config), batch)

@@ -1,6 +1,7 @@
 """Every file under configs/ composes, validates and says what it should."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from megatron_ttt.config.schema import (
     TTTMode,
 )
 from megatron_ttt.config.validate import validate
+from megatron_ttt.training.schedule import lr_schedule
 from tests.unit.config.compose import configured
 
 GROUPS = group_options(CONFIG_DIR)
@@ -133,6 +135,8 @@ BUDGETS = {
     "qwen3_4b_32k": (20e9, 2**22),
     "qwen3_4b_128k_yarn": (15e9, 2**22),
     "llama3_1_8b_32k": (20e9, 2**22),
+    "llama3_1_8b_64k": (20.97e9, 2**22),
+    "qwen3_8b_64k": (20.97e9, 2**22),
     "qwen3_14b_32k": (20e9, 2**22),
     "scratch_500m_32k": (20e9, 2**21),
     "scratch_1_5b_32k": (60e9, 2**22),
@@ -146,13 +150,32 @@ def test_recipes_read_the_published_tokens(name: str) -> None:
     train = config.train
     assert train.seq_length * train.global_batch_size == tokens_per_step
     assert abs(train.steps * tokens_per_step - budget) < tokens_per_step
-    assert train.seq_length == (131072 if "128k" in name else 32768)
+    lengths = {"_32k": 32768, "_64k": 65536, "_128k": 131072}
+    assert train.seq_length == next(lengths[part] for part in lengths if part in name)
     scratch = name.startswith("scratch")
     assert config.ttt.target.name == ("input_embeddings" if scratch else "hidden_states")
     assert derived.warmup_steps(config) == (1024 if scratch else round(0.02 * train.steps))
     rate = {"scratch_500m_32k": 5e-4, "scratch_1_5b_32k": 3e-4}.get(name, 5e-6)
     assert config.optimizer.lr == rate
     assert derived.transformer_engine_limit(config) is None, "a recipe is for the fast kernels"
+
+
+@pytest.mark.parametrize("name", ["qwen3_8b_64k", "llama3_1_8b_64k"])
+def test_public_configurations(name: str) -> None:
+    """Cosine to 1e-7 at 90 % of the steps, then flat; raw sums over chunks of 4096 with eta 3."""
+    config = load_config([f"+experiment={name}"])
+    assert (config.ttt.eta, config.ttt.chunk_size) == (3.0, 4096)
+    assert (config.ttt.normalize, config.optimizer.weight_decay) == (Normalize.none, 0.1)
+    assert config.model.name == name.removesuffix("_64k")
+    assert config.model.rope == load_config([f"+model={config.model.name}"]).model.rope
+    parameter = {"params": [], "lr": 0.0}
+    schedule = lr_schedule(config, SimpleNamespace(param_groups=[parameter]))  # type: ignore
+    rates = []
+    for step in (100, 2300, 4500, 5000):
+        schedule.step(step * 64 - schedule.num_steps)
+        rates.append(parameter["lr"])
+    middle = 1e-7 + (5e-6 - 1e-7) / 2
+    assert rates == pytest.approx([5e-6, middle, 1e-7, 1e-7])
 
 
 def test_yarn_recipe_stretches_four_times() -> None:

@@ -133,6 +133,8 @@ def faults(
         ([*BIG, "optimizer.lr=-1"], 1, "optimizer.lr=-1.0: must be at least 0"),
         ([*BIG, "optimizer.min_lr=1"], 1, "optimizer.min_lr=1.0: is above optimizer.lr=5e-06"),
         ([*BIG, "optimizer.warmup_steps=1000"], 1, "must be below train.steps=1000"),
+        ([*BIG, "optimizer.decay_fraction=0"], 1, "optimizer.decay_fraction=0.0: must lie in (0,"),
+        ([*BIG, "optimizer.decay_fraction=0.02"], 1, "ends the decay at step 20 of 1000"),
         ([*BIG, "optimizer.warmup_fraction=1"], 1, "optimizer.warmup_fraction=1.0: must lie in"),
         ([*BIG, "optimizer.beta2=1"], 1, "optimizer.beta2=1.0: must lie in [0, 1)"),
         ([*BIG, "train.steps=0"], 1, "train.steps=0: must be at least 1"),

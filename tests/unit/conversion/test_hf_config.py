@@ -1,6 +1,7 @@
 """``config.json`` both ways: nothing is lost, nothing is guessed."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,8 +19,10 @@ from megatron_ttt.config.schema import (
     TTTConfig,
 )
 from megatron_ttt.conversion.hf_config import check_agreement, hf_from_model, model_from_hf
+from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.conversion.source import described_ttt
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
-from tests.unit.conversion.folders import QWEN3
+from tests.unit.conversion.folders import QWEN3, write_hf
 
 
 def read(config: dict[str, Any]) -> Any:
@@ -139,6 +142,26 @@ def test_yarn_may_stretch_a_checkpoint_and_nothing_else() -> None:
         check_agreement(replace(plain, rope=wrong, max_positions=256), plain, "here")
     with pytest.raises(ConfigError, match=r"model\.rope\.base"):
         check_agreement(replace(plain, rope=replace(yarn, base=1e4)), plain, "here")
+
+
+def test_more_positions_than_the_checkpoint_has_are_a_choice_with_a_notice() -> None:
+    plain = read(QWEN3)
+    more = 2 * plain.max_positions
+    (notice,) = check_agreement(replace(plain, max_positions=more), plain, "here")
+    assert f"max_positions={more}," in notice and f"embeddings={more // 2} (here)" in notice
+    with pytest.raises(ConfigError, match=r"^model\.max_positions="):
+        check_agreement(replace(plain, max_positions=more // 4), plain, "here")
+
+
+def test_the_published_list_of_layers_ends_one_past_the_last(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", {**QWEN3, "num_hidden_layers": 6})
+    source = HFFolder(tmp_path / "hf")
+    with pytest.warns(UserWarning, match="--ttt-layers: 6 is left out: layers are 0 to 5"):
+        target, ttt = described_ttt(source, layers=[0, 3, 6])
+    assert target.layers == (0, 3) and ttt.layers == [0, 3]
+    for wrong in ([0, 7], [6], [-1, 0]):
+        with pytest.raises(ConfigError, match="layers are 0 to 5"):
+            described_ttt(source, layers=wrong)
 
 
 def test_fast_weights_survive_the_round_trip() -> None:
