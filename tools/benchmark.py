@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures what the project claims about speed and memory.
 
-python tools/benchmark.py fast-weight-layer --chunk 64
+python tools/benchmark.py fast-weight-layer --chunk 64 --part mlp
 python tools/benchmark.py fast-weight-layer --hidden 2560 --ffn 9728 --tokens 65536 --dtype bf16 \
     --device cuda --json layer.json
 python tools/benchmark.py scan --ranks 8 --write-constants constants.json
@@ -25,15 +25,16 @@ from megatron_ttt.config.bounds import COUNT, Bound
 
 
 def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """One fast-weight projection against the materialising formulation and a dense one."""
+    """A fast-weight layer against the materialising formulation and a dense one."""
     parser = commands.add_parser(
-        "fast-weight-layer", help="forward and backward of one projection, time and memory"
+        "fast-weight-layer", help="forward and backward of one layer, time and memory"
     )
     add = parser.add_argument
     add("--hidden", type=WHOLE, default=512)
     add("--ffn", type=WHOLE, default=1536)
     add("--tokens", type=WHOLE, default=8192)
     add("--chunk", type=WHOLE, default=256, help="tokens of a chunk (default: 256)")
+    add("--part", default="projection", help="projection (default), or mlp: the whole layer")
     add("--dtype", default="fp32", help="fp32 (default), bf16 or fp64")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--repeats", type=WHOLE, default=5, help="measured rounds (default: 5)")

@@ -1,9 +1,13 @@
-"""Forward and backward of one fast-weight projection: ours, the materialising one, a dense one.
+"""Forward and backward of a fast-weight layer: ours, the materialising one, a dense one.
 
 ``materialising`` is how the method is usually written: every chunk's summary, their cumulative sum
 and one effective weight per chunk, all live at once, differentiated by autograd (batched products).
 ``dense`` is the plain down projection, the cost without fast weights. All three run on the same
 numbers, alternating, and the first two must agree before anything is printed.
+
+``Part.PROJECTION`` runs the down projection alone, on given keys and targets. ``Part.MLP`` runs the
+whole layer: keys of a gated activation, and targets of the convolution and ``W_target`` (none of
+those in the dense one).
 
 Units: seconds, bytes. ``peak`` is what forward and backward allocate beyond their inputs; ``extra``
 the part of it that the dense projection does not need as well.
@@ -17,20 +21,31 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from megatron_ttt.evaluation.memory import peak_bytes
 from megatron_ttt.fast_weights import fast_weight_linear
+from megatron_ttt.fast_weights.documents import plan_chunks
+from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Rounding between two orders of the same sums, relative to the norm of what is compared.
 TOLERANCES = {"fp32": 2e-5, "bf16": 3e-2, "fp64": 1e-12}
 UPDATE_RATIO = 0.2
+
+
+class Part(StrEnum):
+    """What is run."""
+
+    PROJECTION = "projection"
+    MLP = "mlp"
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,7 @@ class LayerProblem:
     dtype: str = "fp32"
     device: str = "cpu"
     repeats: int = 5
+    part: str = Part.PROJECTION
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "tokens", "chunk", "repeats"):
@@ -56,6 +72,8 @@ class LayerProblem:
                 raise ValueError(f"{name} {getattr(self, name)} is below 1")
         if self.tokens % self.chunk:
             raise ValueError(f"{self.tokens} tokens are not whole chunks of {self.chunk}")
+        if self.part not in list(Part):
+            raise ValueError(f"part {self.part} is none of {', '.join(Part)}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype {self.dtype} is none of {', '.join(DTYPES)}")
         if self.device not in ("cpu", "cuda"):
@@ -85,6 +103,14 @@ class Variant:
     gemms: int
     matrix_passes: int
     forward: Callable[[Tensor, Tensor, Tensor, float, int], Tensor]
+    target: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+    def products(self, problem: LayerProblem) -> float:
+        """Products of tokens x hidden x ffn, those of gate, up and ``W_target`` included."""
+        if problem.part == Part.PROJECTION:
+            return self.gemms
+        target = 0 if self.name == DENSE else 3 * problem.hidden / problem.ffn
+        return self.gemms + 6 + target
 
 
 @dataclass(frozen=True)
@@ -103,6 +129,23 @@ class Measurement:
         return min(self.seconds)
 
 
+def _chunked_target(source_TD: Tensor, conv_D15: Tensor, proj_DD: Tensor, chunk: int) -> Tensor:
+    length, device = len(source_TD), source_TD.device
+    plan = plan_chunks(None, batch=1, length=length, chunk_size=chunk, device=device)
+    return target_from_source(source_TD[None], conv_D15, proj_DD, plan=plan)[0]
+
+
+def _convolved_target(source_TD: Tensor, conv_D15: Tensor, proj_DD: Tensor, chunk: int) -> Tensor:
+    """With torch's convolution over a batch of chunks, as the method is usually written."""
+    source_NDC = source_TD.unflatten(0, (-1, chunk)).mT
+    mixed_NDC = F.conv1d(source_NDC, conv_D15, padding=KERNEL_SIZE // 2, groups=len(conv_D15))
+    return mixed_NDC.mT.flatten(0, 1) @ proj_DD
+
+
+def _no_target(source_TD: Tensor, conv_D15: Tensor, proj_DD: Tensor, chunk: int) -> Tensor:
+    return source_TD
+
+
 def _fast_weight(
     keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
 ) -> Tensor:
@@ -117,7 +160,7 @@ def _materialising(
     keys_NCF = keys_TF.unflatten(0, (-1, chunk))
     targets_NCD = targets_TD.unflatten(0, (-1, chunk))
     summaries_NDF = torch.bmm(targets_NCD[:-1].mT, keys_NCF[:-1])
-    states_NDF = torch.nn.functional.pad(summaries_NDF.cumsum(dim=0), (0, 0, 0, 0, 1, 0))
+    states_NDF = F.pad(summaries_NDF.cumsum(dim=0), (0, 0, 0, 0, 1, 0))
     weights_NDF = weight_DF + eta * states_NDF
     return torch.bmm(keys_NCF, weights_NDF.mT).flatten(0, 1)
 
@@ -132,10 +175,11 @@ def _dense(
 # the state 2 (twice), G read by two products 2, update of G 2. Of the other: summaries written 1,
 # cumulative sum 2, padding 2, times eta 2, plus W0 2, product 1; backward: product 2, sum to dW0 1,
 # times eta 2, padding 2, reversed cumulative sum 6, two products 2.
+DENSE = "dense"
 VARIANTS = (
-    Variant("fast weight", gemms=7, matrix_passes=17, forward=_fast_weight),
-    Variant("materialising", gemms=6, matrix_passes=25, forward=_materialising),
-    Variant("dense", gemms=3, matrix_passes=0, forward=_dense),
+    Variant("fast weight", 7, 17, forward=_fast_weight, target=_chunked_target),
+    Variant("materialising", 6, 25, forward=_materialising, target=_convolved_target),
+    Variant(DENSE, 3, 0, forward=_dense, target=_no_target),
 )
 
 
@@ -150,22 +194,37 @@ class _Layer:
             tensor = torch.randn(*shape, generator=generator, device=problem.device)
             return tensor.to(DTYPES[problem.dtype])
 
-        keys_TF = draw(problem.tokens, problem.ffn)
-        targets_TD = draw(problem.tokens, problem.hidden)
-        weight_DF = draw(problem.hidden, problem.ffn) / problem.ffn**0.5
-        self.d_outputs_TD = draw(problem.tokens, problem.hidden)
+        hidden, ffn = problem.hidden, problem.ffn
+        self.weight_DF = draw(hidden, ffn) / ffn**0.5
+        if problem.part == Part.PROJECTION:
+            self.inputs = [draw(problem.tokens, ffn), draw(problem.tokens, hidden)]
+        else:
+            gate_FD, up_FD = (draw(ffn, hidden) / hidden**0.5 for _ in range(2))
+            conv_D15, proj_DD = draw(hidden, 1, KERNEL_SIZE), draw(hidden, hidden) / hidden**0.5
+            self.inputs = [draw(problem.tokens, hidden), gate_FD, up_FD, conv_D15, proj_DD]
+        self.d_outputs_TD = draw(problem.tokens, hidden)
         self.gemm_outputs_TD = torch.empty_like(self.d_outputs_TD)
-        self.leaves = [tensor.requires_grad_() for tensor in (keys_TF, targets_TD, weight_DF)]
-        # The last state is a sum of `tokens` random outer products: of norm sqrt(tokens * D * F).
-        size = (problem.tokens * problem.hidden * problem.ffn) ** 0.5
-        self.eta = UPDATE_RATIO * float(weight_DF.detach().float().norm()) / size
+        with torch.no_grad():
+            self.gemm_keys_TF, targets_TD = self._keys_and_targets(VARIANTS[0])
+            size = float((targets_TD.T @ self.gemm_keys_TF).float().norm())
+        self.eta = UPDATE_RATIO * float(self.weight_DF.float().norm()) / size
+        self.leaves = [tensor.requires_grad_() for tensor in (*self.inputs, self.weight_DF)]
+
+    def _keys_and_targets(self, variant: Variant) -> tuple[Tensor, Tensor]:
+        if self.problem.part == Part.PROJECTION:
+            keys_TF, targets_TD = self.inputs
+            return keys_TF, targets_TD
+        source_TD, gate_FD, up_FD, conv_D15, proj_DD = self.inputs
+        keys_TF = F.silu(source_TD @ gate_FD.T) * (source_TD @ up_FD.T)
+        return keys_TF, variant.target(source_TD, conv_D15, proj_DD, self.problem.chunk)
 
     def run(self, variant: Variant) -> list[Tensor]:
-        """Outputs and the gradients of keys, targets and weight."""
-        keys_TF, targets_TD, weight_DF = self.leaves
-        outputs_TD = variant.forward(keys_TF, targets_TD, weight_DF, self.eta, self.problem.chunk)
+        """Outputs, and the gradients of every input and of the weight."""
+        keys_TF, targets_TD = self._keys_and_targets(variant)
+        chunk = self.problem.chunk
+        outputs_TD = variant.forward(keys_TF, targets_TD, self.weight_DF, self.eta, chunk)
         gradients = torch.autograd.grad(
-            outputs_TD, self.leaves, self.d_outputs_TD, allow_unused=variant.name == "dense"
+            outputs_TD, self.leaves, self.d_outputs_TD, allow_unused=variant.name == DENSE
         )
         return [outputs_TD.detach(), *gradients]
 
@@ -182,8 +241,7 @@ class _Layer:
 
     def gemm(self) -> None:
         """One product of tokens x hidden x ffn: its best time is the machine's own rate."""
-        keys_TF, _, weight_DF = (leaf.detach() for leaf in self.leaves)
-        torch.mm(keys_TF, weight_DF.T, out=self.gemm_outputs_TD)
+        torch.mm(self.gemm_keys_TF.detach(), self.weight_DF.detach().T, out=self.gemm_outputs_TD)
 
     def _synchronize(self) -> None:
         if self.problem.device == "cuda":
@@ -193,7 +251,7 @@ class _Layer:
 def largest_difference(layer: _Layer) -> float:
     """Largest relative difference between ours and the materialising formulation.
 
-    Compares outputs and all three gradients.
+    Compares outputs and all gradients.
 
     Raises:
         RuntimeError: it is more than rounding: no speed is worth reporting.
@@ -207,7 +265,7 @@ def largest_difference(layer: _Layer) -> float:
     if not max(differences) <= tolerance:
         raise RuntimeError(
             f"variants differ by {max(differences):.1e} (tolerance {tolerance:.0e}) in "
-            f"outputs, d_keys, d_targets, d_weight: {differences}"
+            f"outputs and gradients: {differences}"
         )
     return max(differences)
 
@@ -235,10 +293,10 @@ def measure(problem: LayerProblem) -> tuple[list[Measurement], float]:
         Measurement(
             name=variant.name,
             seconds=seconds[variant.name],
-            floor_seconds=variant.gemms * min(gemm_seconds),
+            floor_seconds=variant.products(problem) * min(gemm_seconds),
             matrix_traffic_bytes=variant.matrix_passes * problem.chunks * problem.matrix_bytes,
             peak_bytes=peaks[variant.name],
-            extra_bytes=peaks[variant.name] - peaks["dense"],
+            extra_bytes=peaks[variant.name] - peaks[DENSE],
         )
         for variant in VARIANTS
     ], difference
@@ -279,8 +337,8 @@ def report(
 ) -> None:
     """The table, and one line per comparison."""
     table = Table(
-        title=f"hidden {problem.hidden}, ffn {problem.ffn}, {problem.tokens} tokens, chunk "
-        f"{problem.chunk}, {problem.dtype}, {problem.device}, forward + backward"
+        title=f"{problem.part}, forward + backward: hidden {problem.hidden}, ffn {problem.ffn}, "
+        f"{problem.tokens} tokens, chunk {problem.chunk}, {problem.dtype}, {problem.device}"
     )
     table.add_column("variant", no_wrap=True)
     headings = ("best ms", "worst ms", "GEMM floor ms", "matrix MB", "peak MB", "extra MB")

@@ -16,8 +16,9 @@ SMALL = benchmark.LayerProblem(hidden=16, ffn=32, tokens=256, chunk=16, repeats=
 OPTIONS = [f"--{name}={getattr(SMALL, name)}" for name in ("hidden", "ffn", "tokens", "chunk")]
 
 
-def test_variants_agree_and_the_fast_weight_is_alive() -> None:
-    layer = benchmark._Layer(replace(SMALL, dtype="fp64"))
+@pytest.mark.parametrize("part", list(benchmark.Part))
+def test_variants_agree_and_the_fast_weight_is_alive(part: str) -> None:
+    layer = benchmark._Layer(replace(SMALL, dtype="fp64", part=part))
     assert benchmark.largest_difference(layer) < 1e-12
     ours, _, dense = (layer.run(variant) for variant in benchmark.VARIANTS)
     relative = (ours[0] - dense[0]).norm() / dense[0].norm()
@@ -66,10 +67,11 @@ def test_report_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["fast-weight-layer", "--chunk=100"], "8192 tokens are not whole chunks of 100"),
         (["fast-weight-layer", "--hidden=0"], "hidden 0 is below 1"),
+        (["fast-weight-layer", "--part=all"], "part all is none of projection, mlp"),
         (["fast-weight-layer", "--dtype=fp8"], "dtype fp8 is none of fp32, bf16, fp64"),
         (["fast-weight-layer", "--device=tpu"], "device tpu is neither cpu nor cuda"),
         (["fast-weight-layer", "--json=/no/such/place.json"], "there is no folder /no/such"),
-        (["fast-weight-layer", "--tokens=many"], "invalid int value: 'many'"),
+        (["fast-weight-layer", "--tokens=many"], "--tokens: 'many': must be a whole number"),
         (["sorcery"], "invalid choice: 'sorcery'"),
         ([], "the following arguments are required: BENCHMARK"),
     ],
