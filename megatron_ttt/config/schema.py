@@ -179,7 +179,7 @@ class ModelConfig:
 
 @dataclass
 class ClipConfig:
-    """Bound of one chunk summary: ``bound * norm(W0)`` (relative) or ``bound`` (absolute)."""
+    """Bound of ``eta`` times one chunk summary: ``bound * norm(W0)``, or ``bound`` (absolute)."""
 
     mode: ClipMode = ClipMode.off
     bound: float = 0.1
@@ -269,7 +269,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     interval: int | None = 500  # steps between checkpoints; null: only at the end
-    load: str | None = None  # start from these weights (a checkpoint folder), fresh optimizer
+    load: str | None = None  # start from these weights: a checkpoint folder, or hf:FOLDER
     keep_last: int | None = None
     keep_every: int | None = None
     async_save: bool = False
@@ -283,7 +283,7 @@ class ValidationConfig:
 
 @dataclass
 class LoggingConfig:
-    interval: int = 1  # steps between rows of the terminal and of metrics.jsonl
+    interval: int = 1  # steps between rows of the terminal; metrics.jsonl has every step
     tensorboard: bool = False
     wandb: WandbMode = WandbMode.disabled
     wandb_project: str = "megatron_ttt"

@@ -19,7 +19,8 @@ from megatron_ttt.config.to_megatron import ddp_config
 from megatron_ttt.data.rows import Batch
 from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.model.initialize import global_parameters, sharded_dim
-from megatron_ttt.training.step import ForwardStep, LossSum, run_micro_batches, scan_settings
+from megatron_ttt.model.scan_settings import scan_settings
+from megatron_ttt.training.step import ForwardStep, LossSum, run_micro_batches
 
 # A fast layer's parameters, as tables and files call them and as the model does.
 PARTS = {
@@ -72,7 +73,9 @@ def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum,
 
 def _step(subject: Subject, mode: TTTMode) -> ForwardStep:
     config, ranks = subject.config, subject.ranks
-    return ForwardStep(config, ranks, scan=scan_settings(config, ranks), mode=mode)
+    return ForwardStep(
+        config, ranks, scan=scan_settings(config.parallel, ranks.groups.cp), mode=mode
+    )
 
 
 def _squares(subject: Subject) -> GradientSquares:

@@ -28,8 +28,9 @@ from megatron_ttt.evaluation.documents import TextRows, batches, held_out_rows
 from megatron_ttt.evaluation.report import MODE_COLOURS, MODE_NAMES, Report, Table
 from megatron_ttt.evaluation.schema import EvaluationConfig, PerplexityConfig
 from megatron_ttt.evaluation.subject import Source, Subject, row_length
+from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import take_ranges
-from megatron_ttt.training.step import ForwardStep, scan_settings
+from megatron_ttt.training.step import ForwardStep
 
 _CONTEXTS = 4  # context lengths that are compared when nobody says which
 
@@ -108,7 +109,9 @@ def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_siz
     """
     config, ranks = subject.config, subject.ranks
     rows, length = text.tokens_NR.shape[0], text.tokens_NR.shape[1] - 1
-    step = ForwardStep(config, ranks, scan=scan_settings(config, ranks), mode=mode)
+    step = ForwardStep(
+        config, ranks, scan=scan_settings(config.parallel, ranks.groups.cp), mode=mode
+    )
     sums_2NT = torch.zeros(2, rows, length, dtype=torch.float64, device=ranks.device)
     for batch in batches(text, subject=subject, batch_size=batch_size):
         ranges = step.layout(batch).ranges

@@ -41,16 +41,15 @@ from megatron_ttt.inference.token_runs import TokenRuns
 from megatron_ttt.model.attention import TorchAttention
 from megatron_ttt.model.build import fast_weight_settings
 from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import (
-    ScanSettings,
     SequenceLayout,
     sequence_layout,
     take_ranges,
 )
 from megatron_ttt.parallel.broadcast import broadcast_from
 from megatron_ttt.parallel.collectives import gather_sequences
-from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
-from megatron_ttt.parallel.scan_group import ScanGroup
+from megatron_ttt.parallel.layout import rank_of_span, total_spans
 
 PREFILL_TOKENS = 2048
 
@@ -80,17 +79,6 @@ def update_rule(config: Config) -> UpdateRule:
         decay=config.ttt.decay,
         clip=settings.clip,
         normalize=settings.normalize,
-    )
-
-
-def scan_settings(config: Config, cp_group: Any) -> ScanSettings:
-    """How states travel between context-parallel ranks while a prompt is read: in fp32."""
-    parallel = config.parallel
-    return ScanSettings(
-        group=ScanGroup(cp_group, timeout_s=parallel.timeout_s),
-        order=SequenceOrder(parallel.cp_order.value),
-        algorithm=parallel.scan.value,
-        message_dtype=None,
     )
 
 
@@ -140,7 +128,7 @@ class ModelSession:
             rule = update_rule(config)
             self.fast_weights = {layer: FastWeightState(rule, batch=batch) for layer in fast}
         self.attention = {layer: KeyValueCache(batch=batch) for layer in range(config.model.layers)}
-        self._scan = scan_settings(config, groups.cp)
+        self._scan = scan_settings(config.parallel, groups.cp)
         self._runs: TokenRuns | None = None
         self._split: SequenceLayout | None = None  # of a call that is dealt to the cp ranks
         self._wanted = LogitsOf.LAST

@@ -27,6 +27,7 @@ from megatron_ttt.data.batches import DataStreams, build_data
 from megatron_ttt.data.fingerprint import fingerprint
 from megatron_ttt.data.sources import Source, open_source
 from megatron_ttt.model.build import build_model
+from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.training import resilience
 from megatron_ttt.training.checkpoint import TrainingState
@@ -46,7 +47,6 @@ from megatron_ttt.training.step import (
     Observations,
     check_finite,
     run_micro_batches,
-    scan_settings,
     update_ratios,
     weight_squares,
 )
@@ -250,7 +250,7 @@ def build_trainer(config: Config, ranks: Ranks) -> Trainer:
         wrapped,
         optimizer,
         lr_schedule(config, optimizer),
-        scan_settings(config, ranks),
+        scan_settings(config.parallel, ranks.groups.cp),
     )
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
-from megatron_ttt.config.schema import CommPrecision, Config, TTTMode
+from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.model.sequence_layout import (
@@ -26,10 +25,7 @@ from megatron_ttt.model.sequence_layout import (
     sequence_layout,
     take_ranges,
 )
-from megatron_ttt.parallel.cost import load_topology
-from megatron_ttt.parallel.layout import SequenceOrder
 from megatron_ttt.parallel.pending import ScanRecord
-from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.flops import visible_pairs
 
@@ -78,21 +74,6 @@ class LossSum:
     def mean(self) -> float:
         """Loss per counted token, in nats."""
         return self.total / max(self.tokens, 1)
-
-
-def scan_settings(config: Config, ranks: Ranks) -> ScanSettings:
-    """How this run's states travel; made once, it remembers what has been checked."""
-    parallel = config.parallel
-    topology = None
-    if parallel.scan_constants is not None:
-        topology = load_topology(Path(parallel.scan_constants))
-    bf16 = parallel.scan_precision is CommPrecision.bf16
-    return ScanSettings(
-        group=ScanGroup(ranks.groups.cp, timeout_s=parallel.timeout_s, topology=topology),
-        order=SequenceOrder(parallel.cp_order.value),
-        algorithm=parallel.scan.value,
-        message_dtype=torch.bfloat16 if bf16 else None,
-    )
 
 
 class ForwardStep:

@@ -41,9 +41,10 @@ from megatron_ttt.fast_weights.scale import Normalize as NormalizeKind
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.initialize import global_parameters, initialize
+from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training.distributed import Ranks, model_parallel
-from megatron_ttt.training.step import ForwardStep, scan_settings
+from megatron_ttt.training.step import ForwardStep
 from tests.distributed.training_runs import global_batch, live_draw, tiny_config
 from tests.pool import RankPool
 
@@ -177,7 +178,7 @@ def states_of(
         step = ForwardStep(
             config,
             subject.ranks,
-            scan=scan_settings(config, subject.ranks),
+            scan=scan_settings(config.parallel, subject.ranks.groups.cp),
             mode=TTTMode.in_place,
         )
         step(iter([batch]), subject.model)
@@ -255,7 +256,7 @@ def plain_gradient(rank: int, ranks: int, config: Config) -> tuple[float, dict[s
     """Loss and squared gradient norm of each parameter, by ``backward`` alone."""
     with subject_of(config) as subject:
         (batch,) = rows_of(config, subject.ranks)
-        scan = scan_settings(config, subject.ranks)
+        scan = scan_settings(config.parallel, subject.ranks.groups.cp)
         step = ForwardStep(config, subject.ranks, scan=scan, mode=TTTMode.in_place)
         losses, _ = step(iter([batch]), subject.model)
         loss = (losses * batch.loss_mask_BT).sum() / batch.loss_mask_BT.sum()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, CPOrder, TargetSource, Toggle
+from megatron_ttt.config.schema import CommPrecision, Config, CPOrder, TargetSource, Toggle
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.inference import model_session
 from megatron_ttt.inference.backend import Turn
@@ -23,6 +23,7 @@ from megatron_ttt.inference.sampling import Sampler, Sampling
 from megatron_ttt.inference.state_files import StateFileError
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import initialize
+from megatron_ttt.parallel.cost import CPU_MACHINE, save_topology
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from tests.distributed.training_runs import VOCABULARY, live_draw, tiny_config
@@ -175,7 +176,22 @@ def read_long(rank: int, ranks: int, config: Config) -> dict[str, Any]:
             "places": session.places,
             "calls": calls,
             "ratios": ratios,
+            "topology": session._scan.group.topology,
         }
+
+
+def test_a_session_scans_as_the_configuration_says(pool: RankPool, tmp_path: Path) -> None:
+    """Rounded messages change the logits a little; measured constants reach the scan."""
+    constants = tmp_path / "constants.json"
+    save_topology(CPU_MACHINE, constants)
+    keys = {"sequence_parallel": Toggle.off, "packed": False, "eta": 0.003, "cp": 2}
+    plain = pool.run(read_long, tiny_config(**keys), ranks=2)[0]
+    rounded = {"scan_precision": CommPrecision.bf16, "scan_constants": str(constants)}
+    found = pool.run(read_long, tiny_config(**keys, **rounded), ranks=2)[0]
+    assert plain["calls"] == found["calls"] == [32]
+    difference = float((found["logits"] - plain["logits"]).abs().max())
+    assert 1e-5 < difference / float(plain["logits"].abs().max()) < 1e-2
+    assert (plain["topology"], found["topology"]) == (None, CPU_MACHINE)
 
 
 @contextmanager
