@@ -121,6 +121,23 @@ def test_ci_script_is_executable() -> None:
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
 
 
+def test_every_module_has_a_place_among_the_imports() -> None:
+    """A module outside the contract's layers could import anything."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    contracts = {c["id"]: c for c in project["tool"]["importlinter"]["contracts"]}
+    assert not any(":" in layer for layer in contracts["one-way"]["layers"]), "both directions"
+    placed = [name.strip() for layer in contracts["one-way"]["layers"] for name in layer.split("|")]
+    assert len(placed) == len(set(placed))
+    package = ROOT / "megatron_ttt"
+    modules = [path.relative_to(package).with_suffix("") for path in package.rglob("*.py")]
+    for module in modules:
+        if module.name == "__init__" and not (package / module).with_suffix(".py").read_text():
+            continue
+        dotted = ".".join(module.parts)
+        if module.parts != ("__init__",):
+            assert any(f"{dotted}.".startswith(f"{name}.") for name in placed), dotted
+
+
 def imported(path: Path) -> set[str]:
     """Dotted names that a module imports, wherever the import stands."""
     names: set[str] = set()
