@@ -32,9 +32,10 @@ from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.data.rows import Batch, make_batch
 from megatron_ttt.model import build
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
+from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.parallel.cpu import megatron_on
 from megatron_ttt.training.distributed import Ranks, model_parallel
-from megatron_ttt.training.step import ForwardStep, scan_settings
+from megatron_ttt.training.step import ForwardStep
 
 MICRO_BATCH, ENDS = "micro-batch", "logits and loss"
 # The part of the step that a module is, by the end of its name; the longest match counts.
@@ -88,7 +89,8 @@ def count_step(config: Config, *, documents: int = 1) -> DeviceCounter:
     counter = DeviceCounter(outside=MICRO_BATCH)
     with meta_ranks(config) as ranks, DeviceStandIns(counter):
         model = build_meta_model(config, ranks)
-        step = ForwardStep(config, ranks, scan=scan_settings(config, ranks), mode=config.ttt.mode)
+        scan = scan_settings(config.parallel, ranks.groups.cp)
+        step = ForwardStep(config, ranks, scan=scan, mode=config.ttt.mode)
         batch = random_batch(config, documents)
         with counter:
             with naming_parts(model, counter), counter.saving(list(model.parameters())):

@@ -223,6 +223,9 @@ TRAINING_EFFECTS: Effects = {
         Condition("optimizer.schedule", lambda c: c.optimizer.schedule is not Schedule.constant),
     ),
     "optimizer.schedule": ALWAYS,
+    "optimizer.decay_fraction": (
+        Condition("optimizer.schedule", lambda c: c.optimizer.schedule is not Schedule.constant),
+    ),
     "optimizer.warmup_steps": ALWAYS,
     "optimizer.warmup_fraction": (
         Condition("optimizer.warmup_steps", lambda c: c.optimizer.warmup_steps is None),
