@@ -188,6 +188,9 @@ def test_mistakes_take_one_line_and_leave_nothing(
         model
     )
     live_model(dtype=torch.float32, vocab_size=258, ttt_mode=True).save_pretrained(plain)
+    diverging = live_model(dtype=torch.float32, vocab_size=258)
+    torch.nn.init.constant_(diverging.model.layers[2].mlp.ttt_proj.weight, 3e38)
+    diverging.save_pretrained(tmp_path / "diverging")
     config = json.loads((plain / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps({**config, "ttt_mode": False}))
     (tmp_path / "empty.txt").write_text("")
@@ -218,9 +221,10 @@ def test_mistakes_take_one_line_and_leave_nothing(
         ([str(model), str(out), *read, "ttt.decay=2"], "ttt.decay=2.0: must lie in (0, 1]"),
         ([str(model), str(out), *read, "ttt.decay=x"], "ttt.decay=x: must be a number"),
         (
-            [str(model), str(out), *read, "ttt.eta=1e38", "--beyond-positions", "allow"],
-            "the state is not finite after 29 tokens: nothing to fold; lower ttt.eta",
+            [str(tmp_path / "diverging"), str(out), *read],
+            "layers 2: the state is not finite after 29 tokens: nothing to fold; lower ttt.eta",
         ),
+        ([str(model), str(out), *read, "ttt.eta=1e38"], "ttt.eta=1e+38: must be at most 1000000"),
         ([str(model), str(out), *read, "ttt.rate=2"], "ttt.rate=2: valid are ttt.eta, "),
     ]
     for words, said in mistakes:
