@@ -83,6 +83,25 @@ def test_commands_of_the_readme_name_existing_programs() -> None:
     assert targets - declared == set()
 
 
+def test_demo_evaluates_what_it_trains() -> None:
+    from megatron_ttt.config.load import compose_root, load_config
+    from megatron_ttt.evaluation.schema import EVALUATION, EvaluationTask
+
+    dry_run = subprocess.run(
+        ["make", "--dry-run", "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (trained,) = re.findall(r"launch/pretrain\.py ([^;]*);", dry_run)
+    (evaluated,) = re.findall(r"tools/evaluate\.py ([^;]*);", dry_run)
+    training = load_config(trained.split())
+    evaluation = compose_root(EVALUATION, evaluated.split())
+    assert evaluation.checkpoint == training.run.dir
+    assert evaluation.task is EvaluationTask.perplexity
+    assert training.train.seq_length % evaluation.perplexity.bins == 0
+    assert training.logging.plot and training.parallel.cp == 2
+    window = training.model.sliding_window
+    assert window is not None and window < training.train.seq_length / evaluation.perplexity.bins
+
+
 def test_no_file_names_a_package_host() -> None:
     # spelled in pieces: this file is searched too
     hosts = [
