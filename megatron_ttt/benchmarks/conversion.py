@@ -86,7 +86,7 @@ def write_synthetic(model: ModelConfig, folder: Path) -> tuple[int, int]:
         Bytes of all tensors, and of the largest.
     """
     folder.mkdir()
-    mapping = build_mapping(model, TargetGenerator((), conv=False, proj=False))
+    mapping = build_mapping(model, TargetGenerator(()))
     pieces = [Piece(name, shape, torch.bfloat16, ()) for name, shape in mapping.hf_shapes().items()]
     generator = torch.Generator().manual_seed(0)
     pool = (0.02 * torch.randn(BLOCK_BYTES // 2, generator=generator)).bfloat16()

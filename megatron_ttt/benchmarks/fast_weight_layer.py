@@ -33,7 +33,8 @@ from torch import Tensor
 from megatron_ttt.evaluation.memory import peak_bytes
 from megatron_ttt.fast_weights import fast_weight_linear
 from megatron_ttt.fast_weights.documents import plan_chunks
-from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
+from megatron_ttt.fast_weights.target import target_from_source
+from megatron_ttt.rule import KERNEL_SIZE, UpdateRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Rounding between two orders of the same sums, relative to the norm of what is compared.
@@ -150,7 +151,7 @@ def _fast_weight(
     keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
 ) -> Tensor:
     return fast_weight_linear(
-        keys_TF[None], targets_TD[None], weight_DF, learning_rate=eta, chunk_size=chunk
+        keys_TF[None], targets_TD[None], weight_DF, rule=UpdateRule(eta=eta, chunk_size=chunk)
     ).outputs_BTD[0]
 
 

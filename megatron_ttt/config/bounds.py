@@ -80,6 +80,7 @@ TRAINING_BOUNDS: Mapping[str, Bound] = {
     "model.rope.beta_fast": Bound(-1e30, 1e30),
     "model.rope.beta_slow": Bound(-1e30, 1e30),
     "ttt.layers": Bound(-INT32),
+    "ttt.write.bound": POSITIVE,
     "data.workers": Bound(0, 1024),
     "parallel.tp": RANKS,
     "parallel.cp": RANKS,

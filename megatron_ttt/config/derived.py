@@ -16,10 +16,10 @@ from megatron_ttt.config.schema import (
     Precision,
     RopeConfig,
     RopeScaling,
-    TargetSource,
     Toggle,
     TTTMode,
 )
+from megatron_ttt.rule import TargetSource, default_layers
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def ttt_layers(config: Config) -> list[int]:
     if config.ttt.mode is TTTMode.off:
         return []
     if config.ttt.layers is None:
-        return list(range(0, config.model.layers, 6))
+        return default_layers(config.model.layers)
     return sorted(config.ttt.layers)
 
 

@@ -16,7 +16,6 @@ from megatron_ttt.config.bounds import flat_values
 from megatron_ttt.config.faults import Fault, show
 from megatron_ttt.config.schema import (
     AttentionBackend,
-    ClipMode,
     Config,
     DataSource,
     Recompute,
@@ -27,6 +26,7 @@ from megatron_ttt.config.schema import (
     TTTMode,
     WandbMode,
 )
+from megatron_ttt.rule import ClipMode, WriteKind
 
 
 class Else(Enum):
@@ -127,6 +127,10 @@ def _takes_engine(config: Config) -> bool:
 _FAST = (Condition("ttt.mode", lambda c: c.ttt.mode is not TTTMode.off),)
 _SPREAD = (Condition("parallel.cp", lambda c: c.parallel.cp > 1),)
 _SCANS = _SPREAD + _FAST
+_BOUNDS = (
+    *_FAST,
+    Condition("ttt.write.kind", lambda c: c.ttt.write.kind is WriteKind.bounded),
+)
 _CLIPS = (*_FAST, Condition("ttt.clip.mode", lambda c: c.ttt.clip.mode is not ClipMode.off))
 _WANDB = (Condition("logging.wandb", lambda c: c.logging.wandb is not WandbMode.disabled),)
 
@@ -177,6 +181,8 @@ TRAINING_EFFECTS: Effects = {
     "ttt.decay": _FAST,
     "ttt.clip.mode": _FAST,
     "ttt.clip.bound": _CLIPS,
+    "ttt.write.kind": _FAST,
+    "ttt.write.bound": _BOUNDS,
     "data.source": ALWAYS,
     "data.path": (
         Condition(

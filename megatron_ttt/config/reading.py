@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_ttt.config.bounds import RULE_BOUNDS
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import ClipConfig, ClipMode, TTTConfig, TTTMode
+from megatron_ttt.config.schema import TTTConfig, TTTMode
+from megatron_ttt.rule import Clip, ClipMode
 
 
 class ReadingMode(Enum):
@@ -67,7 +68,7 @@ def set_rule_key(rule: ReadingRule, key: str, value: str) -> None:
 
 def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
     """The checkpoint's update rule with the keys of ``rule`` that are set."""
-    clip = ClipConfig(
+    clip = Clip(
         mode=ttt.clip.mode if rule.clip.mode is None else rule.clip.mode,
         bound=ttt.clip.bound if rule.clip.bound is None else rule.clip.bound,
     )

@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from megatron_ttt.rule import UpdateRule
+
 
 class Family(Enum):
     """Which Hugging Face architecture a model mirrors (conversion and checks depend on it)."""
@@ -37,26 +39,6 @@ class AttentionBackend(Enum):
 class TTTMode(Enum):
     in_place = "in_place"
     off = "off"
-
-
-class TargetSource(Enum):
-    """Where the target generator reads: the MLP's normalised input, or the input embeddings."""
-
-    hidden_states = "hidden_states"
-    input_embeddings = "input_embeddings"
-
-
-class Normalize(Enum):
-    """``none``: raw sums, as published. ``key_energy``: eta becomes dimensionless."""
-
-    none = "none"
-    key_energy = "key_energy"
-
-
-class ClipMode(Enum):
-    off = "off"
-    relative = "relative"
-    absolute = "absolute"
 
 
 class CPOrder(Enum):
@@ -178,25 +160,16 @@ class ModelConfig:
 
 
 @dataclass
-class ClipConfig:
-    """Bound of ``eta`` times one chunk summary: ``bound * norm(W0)``, or ``bound`` (absolute)."""
+class FastLayers:
+    """Which layers have fast weights."""
 
-    mode: ClipMode = ClipMode.off
-    bound: float = 0.1
+    mode: TTTMode = TTTMode.in_place
+    layers: list[int] | None = None  # null: every sixth, rule.default_layers; from 0
 
 
 @dataclass
-class TTTConfig:
-    mode: TTTMode = TTTMode.in_place
-    layers: list[int] | None = None  # null: every sixth, range(0, model.layers, 6); from 0
-    chunk_size: int = 1024
-    eta: float = 0.3
-    normalize: Normalize = Normalize.none
-    target: TargetSource = TargetSource.hidden_states
-    conv: bool = True
-    proj: bool = True
-    decay: float = 1.0  # gamma, per chunk; 1 keeps everything
-    clip: ClipConfig = field(default_factory=ClipConfig)
+class TTTConfig(UpdateRule, FastLayers):
+    """Keys ``ttt.*``: the layers with fast weights, and the update rule that they follow."""
 
 
 @dataclass

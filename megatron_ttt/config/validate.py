@@ -23,10 +23,10 @@ from megatron_ttt.config.schema import (
     Precision,
     Recompute,
     RopeScaling,
-    TargetSource,
     TokenizerKind,
 )
 from megatron_ttt.parallel.layout import nearest_valid_lengths
+from megatron_ttt.rule import TargetSource
 
 # Submodules that both megatron-core lines can recompute in a dense model without latent attention.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")

@@ -9,8 +9,9 @@ from typing import Any
 
 from megatron_ttt.config.bounds import flat_values
 from megatron_ttt.config.faults import ConfigError, Fault, show
-from megatron_ttt.config.schema import ClipMode, TTTConfig, TTTMode
+from megatron_ttt.config.schema import TTTConfig, TTTMode
 from megatron_ttt.conversion.ttt_config import target_generator
+from megatron_ttt.rule import ClipMode, WriteKind
 
 
 def rule_notices(
@@ -62,4 +63,6 @@ def _flat(rule: TTTConfig, layers: int) -> dict[str, Any]:
     flat["ttt.layers"] = list(target_generator(rule, layers=layers).layers)
     if rule.clip.mode is ClipMode.off:
         flat["ttt.clip.bound"] = None
+    if rule.write.kind is not WriteKind.bounded:
+        flat["ttt.write.bound"] = None
     return flat

@@ -27,9 +27,9 @@ from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, MegatronFolder,
 from megatron_ttt.conversion.rules import Run
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, target_generator
 from megatron_ttt.conversion.work_folder import WorkFolder, writing
+from megatron_ttt.rule import CONV, KERNEL_SIZE
 
 SHARD_BYTES = 4 << 30
-KERNEL_SIZE = 5
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 # Of a source's config.json: the other spelling of what we write, and what we decide.
 _REPLACED = (
@@ -109,11 +109,11 @@ class HFView:
         common = dtype or folder.tensors["embedding.word_embeddings.weight"].dtype
         for name, shape in self.mapping.zeros.items():
             pieces.append(Piece(name, shape, common, (), torch.zeros(shape, dtype=common)))
-        if target.layers and not target.conv:
+        if target.layers and CONV not in target.parameters:
             kernel = torch.zeros(model.hidden_size, 1, KERNEL_SIZE, dtype=common)
             kernel[:, :, KERNEL_SIZE // 2] = 1  # no convolution is the identity
             for layer in target.layers:
-                name = f"model.layers.{layer}.mlp.ttt_conv.weight"
+                name = f"model.layers.{layer}.mlp.{CONV}"
                 pieces.append(Piece(name, tuple(kernel.shape), common, (), kernel))
         self.pieces = pieces
 
@@ -247,6 +247,7 @@ def _check_reference(ttt: TTTConfig) -> None:
     parts = {
         "ttt.normalize": (ttt.normalize, usual.normalize),
         "ttt.decay": (ttt.decay, usual.decay),
+        "ttt.write.kind": (ttt.write.kind, usual.write.kind),
         "ttt.clip.mode": (ttt.clip.mode, usual.clip.mode),
     }
     message = "the reference implementation has none: --style package exports it"

@@ -1,27 +1,28 @@
 """The whole mapping of a model: every tensor of both sides, from the family's table."""
 
+import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_ttt.config.schema import ModelConfig
 from megatron_ttt.conversion.families import FAMILIES
 from megatron_ttt.conversion.families import decoder as names
 from megatron_ttt.conversion.families.decoder import Bias
-from megatron_ttt.conversion.rules import Rule, Run, TensorMap, shape_of, sizes_of
+from megatron_ttt.conversion.rules import Copy, Rule, Run, TensorMap, shape_of, sizes_of
+from megatron_ttt.rule import ParameterSpec
 
 
 @dataclass(frozen=True)
 class TargetGenerator:
-    """Which layers have one, and of which parts.
+    """Which layers have fast weights, and the parameters that these add to a layer.
 
     Attributes:
         layers: from 0; empty for a model without fast weights.
-        conv, proj: whether Megatron stores that part.
+        parameters: by name inside the MLP, the same on both sides; nothing is transposed.
     """
 
     layers: tuple[int, ...]
-    conv: bool
-    proj: bool
+    parameters: typing.Mapping[str, ParameterSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def build_mapping(model: ModelConfig, target: TargetGenerator) -> Mapping:
         layer_rules += names.QUERY_KEY_NORMS
     if model.attention_bias:
         layer_rules += names.ATTENTION_BIAS
-    parts = [(names.CONV, target.conv), (names.PROJ, target.proj)]
-    fast_rules: list[Rule] = [rule for rule, present in parts if present]
+    fast_rules: list[Rule] = [
+        Copy(f"mlp.{name}", f"mlp.{name}", spec.shape) for name, spec in target.parameters.items()
+    ]
     tensors = [_expand(names.EMBEDDING, sizes)]
     for layer in range(model.layers):
         rules: Sequence[Rule] = layer_rules + (fast_rules if layer in target.layers else [])

@@ -12,34 +12,35 @@ import re
 import warnings
 from collections.abc import Collection
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import (
-    ClipConfig,
-    ClipMode,
-    Normalize,
-    TargetSource,
-    TTTConfig,
-    TTTMode,
-)
+from megatron_ttt.config.schema import TTTConfig, TTTMode
 from megatron_ttt.conversion.config_values import Values
 from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.mapping import TargetGenerator
+from megatron_ttt.rule import (
+    HF_TARGETS,
+    Clip,
+    ClipMode,
+    Normalize,
+    WriteKind,
+    WriteSettings,
+    added_parameters,
+    default_layers,
+    keys_of_rule,
+    rule_from_keys,
+)
 
 REFERENCE_LEARNING_RATE = 0.3
 REFERENCE_CHUNK = 8192
 REFERENCE_LAYERS = range(0, 31, 6)  # as published, whatever the number of layers
-LAYER_INTERVAL = 6
-_TARGETS = {
-    TargetSource.hidden_states: "hidden_states",
-    TargetSource.input_embeddings: "input_embed",
-}
-_TENSOR = re.compile(r"model\.layers\.(\d+)\.mlp\.ttt_(?:conv|proj)\.weight")
+_TENSOR = re.compile(r"model\.layers\.(\d+)\.mlp\.ttt_\w+\.weight")
 
 
 def trained_layers(tensors: Collection[str]) -> tuple[int, ...]:
-    """Layers that have a target generator among tensors of these names."""
+    """Layers to which fast weights add parameters, among tensors of these names."""
     found = (_TENSOR.fullmatch(name) for name in tensors)
     return tuple(sorted({int(match[1]) for match in found if match is not None}))
 
@@ -112,26 +113,28 @@ def ttt_from_hf(
 
 def _rule(values: Values) -> TTTConfig:
     """Everything but the layers."""
-    target = values.text("ttt_target", "hidden_states", tuple(_TARGETS.values()))
-    modes = tuple(mode.value for mode in ClipMode)
     decay = values.number("ttt_decay", 1.0)
     if decay > 1:
         values.fault("ttt_decay", "must be at most 1")
-    return TTTConfig(
-        chunk_size=values.integer("ttt_chunk", REFERENCE_CHUNK),
-        eta=values.number("ttt_lr", REFERENCE_LEARNING_RATE, zero=True),
-        normalize=Normalize(
-            values.text("ttt_normalize", "none", tuple(one.value for one in Normalize))
-        ),
-        target={name: source for source, name in _TARGETS.items()}[target],
-        conv=values.boolean("ttt_conv", True),
-        proj=values.boolean("ttt_proj", True),
-        decay=decay,
-        clip=ClipConfig(
-            mode=ClipMode(values.text("ttt_clip_mode", "off", modes)),
-            bound=values.number("ttt_clip_bound", ClipConfig().bound),
-        ),
-    )
+    read = {
+        "ttt_chunk": values.integer("ttt_chunk", REFERENCE_CHUNK),
+        "ttt_lr": values.number("ttt_lr", REFERENCE_LEARNING_RATE, zero=True),
+        "ttt_normalize": _word(values, "ttt_normalize", Normalize.none),
+        "ttt_target": values.text("ttt_target", "hidden_states", tuple(HF_TARGETS.values())),
+        "ttt_conv": values.boolean("ttt_conv", True),
+        "ttt_proj": values.boolean("ttt_proj", True),
+        "ttt_decay": decay,
+        "ttt_clip_mode": _word(values, "ttt_clip_mode", ClipMode.off),
+        "ttt_clip_bound": values.number("ttt_clip_bound", Clip().bound),
+        "ttt_write": _word(values, "ttt_write", WriteKind.plain),
+        "ttt_write_bound": values.number("ttt_write_bound", WriteSettings().bound),
+    }
+    return TTTConfig(**vars(rule_from_keys(read.__getitem__)))
+
+
+def _word(values: Values, key: str, default: Enum) -> str:
+    """The value of a key that holds a member of the default's enum."""
+    return values.text(key, default.value, tuple(one.value for one in type(default)))
 
 
 def _layers(listed: list[int] | None, trained: list[int], layers: int, where: str) -> list[int]:
@@ -159,24 +162,13 @@ def hf_from_ttt(ttt: TTTConfig, *, layers: int) -> dict[str, Any]:
     target = target_generator(ttt, layers=layers)
     if not target.layers:
         return {}
-    return {
-        "ttt_mode": True,
-        "ttt_layers": list(target.layers),
-        "ttt_proj": ttt.proj,
-        "ttt_lr": ttt.eta,
-        "ttt_chunk": ttt.chunk_size,
-        "ttt_target": _TARGETS[ttt.target],
-        "ttt_conv": True,
-        "ttt_decay": ttt.decay,
-        "ttt_clip_mode": ttt.clip.mode.value,
-        "ttt_clip_bound": ttt.clip.bound,
-        "ttt_normalize": ttt.normalize.value,
-    }
+    layout = {"ttt_mode": True, "ttt_layers": list(target.layers)}
+    return {**layout, **keys_of_rule(ttt), "ttt_conv": True}
 
 
 def target_generator(ttt: TTTConfig | None, *, layers: int) -> TargetGenerator:
     """Which target tensors a model of that many layers has."""
     if ttt is None or ttt.mode is TTTMode.off:
-        return TargetGenerator((), conv=False, proj=False)
-    chosen = range(0, layers, LAYER_INTERVAL) if ttt.layers is None else sorted(ttt.layers)
-    return TargetGenerator(tuple(chosen), conv=ttt.conv, proj=ttt.proj)
+        return TargetGenerator(())
+    chosen = default_layers(layers) if ttt.layers is None else sorted(ttt.layers)
+    return TargetGenerator(tuple(chosen), added_parameters(ttt))

@@ -18,6 +18,7 @@ from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.config.to_megatron import ddp_config
 from megatron_ttt.data.rows import Batch
 from megatron_ttt.evaluation.subject import Subject
+from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.initialize import global_parameters, sharded_dim
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.training.step import ForwardStep, LossSum, run_micro_batches
@@ -94,7 +95,7 @@ def _squares(subject: Subject) -> GradientSquares:
     layers: dict[int, dict[str, float]] = {}
     for layer in subject.model.decoder.layers:
         prefix, number = f"decoder.layers.{layer.layer_number - 1}.", layer.layer_number - 1
-        if hasattr(layer.mlp, "settings"):
+        if isinstance(layer.mlp, FastWeightMLP):
             layers[number] = {
                 part: squares[prefix + name]
                 for part, name in PARTS.items()

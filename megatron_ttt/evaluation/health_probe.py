@@ -32,7 +32,8 @@ from torch import Tensor
 from megatron_ttt.fast_weights.accumulate import state_dtype, wide_product
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.scale import ReduceSums
-from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.fast_weights.update import fast_weight_scan
+from megatron_ttt.fast_weights.write_rules import Write
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.sequence_layout import SequenceLayout
 
@@ -49,12 +50,12 @@ def chosen_places(*, chunks: int, positions: int) -> list[int]:
 
 
 def update_ratio(
-    state_BDF: Tensor, weight_DF: Tensor, *, learning_rate: float, reduce_sums: ReduceSums
+    state_BDF: Tensor, weight_DF: Tensor, *, eta: float, reduce_sums: ReduceSums
 ) -> Tensor:
     """``norm(eta S) / norm(W0)``, ``[B]`` float64."""
     squares = torch.cat([_squares(state_BDF), _squares(weight_DF[None])])
     squares = reduce_sums(squares)
-    return abs(learning_rate) * (squares[:-1] / squares[-1]).sqrt()
+    return abs(eta) * (squares[:-1] / squares[-1]).sqrt()
 
 
 def output_ratio(
@@ -63,7 +64,7 @@ def output_ratio(
     reads_BT: Tensor,
     weight_DF: Tensor,
     *,
-    learning_rate: float,
+    eta: float,
     reduce_sums: ReduceSums,
 ) -> Tensor:
     """``norm(eta S z) / norm(W0 z)`` over the tokens of ``reads_BT``, ``[B]`` float64.
@@ -73,7 +74,7 @@ def output_ratio(
     read_BTF = keys_BTF.masked_fill(~reads_BT[..., None], 0.0).to(state_BDF.dtype)
     remembered_BTD = reduce_sums(read_BTF @ state_BDF.mT)
     plain_BTD = reduce_sums(read_BTF @ weight_DF.to(state_BDF.dtype).T)
-    return abs(learning_rate) * (_squares(remembered_BTD) / _squares(plain_BTD)).sqrt()
+    return abs(eta) * (_squares(remembered_BTD) / _squares(plain_BTD)).sqrt()
 
 
 def effective_rank(gram_DD: Tensor) -> float:
@@ -112,7 +113,7 @@ def mean_key_share(
 def entering_states(
     mlp: FastWeightMLP,
     keys_BTF: Tensor,
-    targets_BTD: Tensor,
+    write: Write,
     plan: ChunkPlan,
     chunks: Sequence[int],
 ) -> Iterator[tuple[int, Tensor]]:
@@ -120,22 +121,18 @@ def entering_states(
 
     One state is alive at a time: take from it what is needed before the next.
     """
-    settings = mlp.settings
     state_BDF: Tensor | None = None
     reached = 0
     for chunk in chunks:
         assert reached < chunk < plan.chunks, f"chunk {chunk} after {reached} of {plan.chunks}"
         first, last = plan.tokens_of(reached)[0], plan.tokens_of(chunk)[0]
-        state_BDF = fast_weight_spans(
+        state_BDF = fast_weight_scan(
             keys_BTF[:, first:last],
-            targets_BTD[:, first:last],
+            write.select(plan, range(reached, chunk)),
             mlp.linear_fc2.weight,
             plan=plan.select_tokens([(first, last)]),
-            learning_rate=settings.learning_rate,
+            eta=mlp.rule.eta,
             carry_BDF=state_BDF,
-            clip=settings.clip,
-            normalize=settings.normalize,
-            reduce_sums=mlp.sum_over_tensor_ranks,
         ).state_BDF
         reached = chunk
         yield chunk, state_BDF
@@ -179,13 +176,13 @@ class StateProbe:
         layout: SequenceLayout = kwargs["padding_mask"]
         if layout.plan is None:  # read with fast weights off
             return
-        keys_BTF, targets_BTD = mlp.keys_and_targets(args[0], layout)
+        keys_BTF, write = mlp.keys_and_write(args[0], layout)
         shape = (2, len(FIGURES), len(self.places))
         sums_2GP = torch.zeros(shape, dtype=torch.float64, device=self.device)
         sums_2GP = self._sums_2GP.setdefault(mlp.layer, sums_2GP)
-        states = entering_states(mlp, keys_BTF, targets_BTD, layout.plan, self.places)
+        states = entering_states(mlp, keys_BTF, write, layout.plan, self.places)
         for place, (chunk, state_BDF) in enumerate(states):
-            figures_GB = _figures(mlp, state_BDF, keys_BTF, targets_BTD, layout.plan, chunk)
+            figures_GB = _figures(mlp, state_BDF, keys_BTF, write, layout.plan, chunk)
             exists_GB = ~figures_GB.isnan()
             sums_2GP[0, :, place] += figures_GB.nan_to_num(nan=0.0, posinf=torch.inf).sum(dim=1)
             sums_2GP[1, :, place] += exists_GB.sum(dim=1)
@@ -195,29 +192,30 @@ def _figures(
     mlp: FastWeightMLP,
     state_BDF: Tensor,
     keys_BTF: Tensor,
-    targets_BTD: Tensor,
+    write: Write,
     plan: ChunkPlan,
     chunk: int,
 ) -> Tensor:
     """Each of :data:`FIGURES` at the beginning of ``chunk``, ``[G, B]`` float64."""
-    weight_DF, eta = mlp.linear_fc2.weight, mlp.settings.learning_rate
+    weight_DF, eta = mlp.linear_fc2.weight, mlp.rule.eta
     reduce_sums = mlp.sum_over_tensor_ranks
     before, here = (slice(*plan.tokens_of(c)) for c in (chunk - 1, chunk))
     reads_BT = plan.reads_carry_BT[:, here]
     if plan.padding_BT is not None:
         reads_BT = reads_BT & ~plan.padding_BT[:, here]
-    ratio_B = update_ratio(state_BDF, weight_DF, learning_rate=eta, reduce_sums=reduce_sums)
+    ratio_B = update_ratio(state_BDF, weight_DF, eta=eta, reduce_sums=reduce_sums)
     heard_B = output_ratio(
         state_BDF,
         keys_BTF[:, here],
         reads_BT,
         weight_DF,
-        learning_rate=eta,
+        eta=eta,
         reduce_sums=reduce_sums,
     )
+    write_keys_BTF = keys_BTF if write.keys_BTF is None else write.keys_BTF
     share_B = mean_key_share(
-        keys_BTF[:, before],
-        targets_BTD[:, before],
+        write_keys_BTF[:, before],
+        write.targets_BTD[:, before],
         plan.writes_BT[:, before],
         reduce_sums=reduce_sums,
     )

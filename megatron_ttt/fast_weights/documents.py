@@ -17,7 +17,7 @@ Shape suffixes: B batch rows, T tokens, N chunks (``ceil(T / C)``), C tokens of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -88,6 +88,12 @@ class ChunkPlan:
         """First token of ``chunk`` and the one after its last, in local positions."""
         first = chunk * self.chunk_size
         return first, min(first + self.chunk_size, self.length)
+
+    def places(self, chunk: int, blocks: Sequence[Block]) -> Iterator[tuple[slice, slice]]:
+        """Batch rows and local tokens of some of a chunk's blocks, to index ``[B, T, ...]``."""
+        first = chunk * self.chunk_size
+        for block in blocks:
+            yield block.rows, slice(first + block.start, first + block.stop)
 
     def select_tokens(self, ranges: Sequence[tuple[int, int]]) -> ChunkPlan:
         """The plan of the concatenated token ranges ``[start, stop)``, whole chunks each.

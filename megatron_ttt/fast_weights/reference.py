@@ -1,9 +1,11 @@
 """The recurrence of In-Place TTT, written as its equations read: the oracle of every test.
 
-For chunk i of a document, learning rate eta, decay gamma:
+For chunk i of a document, rate eta, decay gamma:
 
     apply    o_t = (W0 + eta * S_i) z_t                    for every token t of the chunk
-    update   S_{i+1} = gamma * S_i + clip(sum_t v_t z_t^T)        S_0 = 0 at every document start
+    update   S_{i+1} = f_i * gamma * S_i + clip(sum_t v_t r_t^T)   S_0 = 0 at every document start
+
+The write key r is z, and the factor f is 1, unless a write rule gives others.
 
 Loops over rows, chunks and tokens in plain torch, differentiated by autograd: slow, short, and
 knowing nothing of the code it judges. In-Place TTT (arXiv 2604.06169) section 3; documents, padding
@@ -17,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ttt.fast_weights.scale import Clip, ClipMode, Normalize
+from megatron_ttt.rule import Clip, ClipMode, Normalize
 
 
 def reference_fast_weight(
@@ -25,20 +27,28 @@ def reference_fast_weight(
     targets_BTD: Tensor,
     weight_DF: Tensor,
     *,
-    learning_rate: float,
+    eta: float,
     chunk_size: int,
     carry_BDF: Tensor | None = None,
     document_starts: Tensor | None = None,
     padding: Tensor | None = None,
     decay: float = 1.0,
     clip: Clip | None = None,
-    normalize: Normalize = Normalize.NONE,
+    normalize: Normalize = Normalize.none,
+    write_keys_BTF: Tensor | None = None,
+    factors_BN: Tensor | None = None,
+    bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``[B, T, D]`` and the state after the last complete chunk ``[B, D, F]``."""
+    """Outputs ``[B, T, D]`` and the state after the last complete chunk ``[B, D, F]``.
+
+    ``bound``: the bounded rule, ``S' = (gamma S + M) B / (B + norm(M))``, M the summary after
+    normalisation and clip, ``B = bound * norm(W0) / eta``.
+    """
     batch, length, _ = keys_BTF.shape
     all_outputs, all_states = [], []
     for row in range(batch):
         keys, targets = keys_BTF[row], targets_BTD[row]
+        write_keys = keys if write_keys_BTF is None else write_keys_BTF[row]
         state = torch.zeros_like(weight_DF) if carry_BDF is None else carry_BDF[row]
         outputs = []
         for first in range(0, length, chunk_size):
@@ -48,7 +58,7 @@ def reference_fast_weight(
 
             for t in tokens:
                 before_any_start = not starts or t < starts[0]
-                fast = weight_DF + learning_rate * state if before_any_start else weight_DF
+                fast = weight_DF + eta * state if before_any_start else weight_DF
                 outputs.append(fast @ keys[t])
 
             if len(tokens) < chunk_size:
@@ -58,31 +68,46 @@ def reference_fast_weight(
             written = [t for t in real if t >= last_document]
             summary = torch.zeros_like(weight_DF)
             for t in written:
-                summary = summary + torch.outer(targets[t], keys[t])
-            if written and normalize is Normalize.KEY_ENERGY:
-                energy = sum(float(keys[t].detach().square().sum()) for t in written)
+                summary = summary + torch.outer(targets[t], write_keys[t])
+            if written and normalize is Normalize.key_energy:
+                energy = sum(float(write_keys[t].detach().square().sum()) for t in written)
                 summary = summary / (energy / len(written)) if energy > 0 else summary
-            if clip is not None:
-                summary = summary * _clip_factor(summary, weight_DF, learning_rate, clip)
+            if clip is not None and clip.mode is not ClipMode.off:
+                summary = summary * _clip_factor(summary, weight_DF, eta, clip)
 
+            factor = 1.0 if factors_BN is None else float(factors_BN[row, first // chunk_size])
+            if bound is not None:
+                room = bound * float(weight_DF.detach().norm())
+                factor = room / (room + eta * float(summary.detach().norm()))
+                summary = factor * summary
             if starts:
                 state = summary
             elif not real:
                 state = state + summary
             else:
-                state = decay * state + summary
+                state = factor * decay * state + summary
         all_outputs.append(torch.stack(outputs))
         all_states.append(state)
     return torch.stack(all_outputs), torch.stack(all_states)
 
 
-def _clip_factor(summary: Tensor, weight: Tensor, learning_rate: float, clip: Clip) -> float:
+def _clip_factor(summary: Tensor, weight: Tensor, eta: float, clip: Clip) -> float:
     """``min(1, bound / (eta * norm(M)))``: a number, so a constant in the backward."""
     bound = clip.bound
-    if clip.mode is ClipMode.RELATIVE:
+    if clip.mode is ClipMode.relative:
         bound *= float(weight.detach().norm())
-    size = learning_rate * float(summary.detach().norm())
+    size = eta * float(summary.detach().norm())
     return min(1.0, bound / size) if size > 0 else 1.0
+
+
+def reference_gate(hidden_BTD: Tensor, weight_D: Tensor, bias_1: Tensor) -> Tensor:
+    """``2 sigmoid(w . x_t + b)`` of every token, ``[B, T]``: multiplies the token's target."""
+    return torch.stack(
+        [
+            torch.stack([2 / (1 + torch.exp(-(weight_D @ x) - bias_1[0])) for x in row])
+            for row in hidden_BTD
+        ]
+    )
 
 
 def reference_target(
@@ -93,7 +118,7 @@ def reference_target(
     chunk_size: int,
     document_starts: Tensor | None = None,
     padding: Tensor | None = None,
-    normalize: Normalize = Normalize.NONE,
+    normalize: Normalize = Normalize.none,
 ) -> Tensor:
     """``v_t = (sum_j w_j * u_{t+j-2}) @ W_target`` over t's chunk and document."""
     batch, length, _ = source_BTD.shape
@@ -106,7 +131,7 @@ def reference_target(
             torch.zeros_like(u) if pad else u
             for u, pad in zip(source_BTD[row], is_padding[row], strict=True)
         ]
-        if normalize is Normalize.KEY_ENERGY:
+        if normalize is Normalize.key_energy:
             source = [
                 u if pad else u / u.square().mean().sqrt()
                 for u, pad in zip(source, is_padding[row], strict=True)

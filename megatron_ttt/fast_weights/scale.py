@@ -12,46 +12,15 @@ Shape suffixes: B batch rows, T tokens, N chunks, D hidden, F ffn (the local sha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights.accumulate import state_dtype, wide_product
 from megatron_ttt.fast_weights.documents import Block, ChunkPlan
+from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
 
 ReduceSums = Callable[[Tensor], Tensor]
-
-
-class Normalize(StrEnum):
-    """``NONE``: raw sums, as published. ``KEY_ENERGY``: eta becomes dimensionless."""
-
-    NONE = "none"
-    KEY_ENERGY = "key_energy"
-
-
-class ClipMode(StrEnum):
-    """What a clip's bound is measured in."""
-
-    RELATIVE = "relative"  # times norm(W0)
-    ABSOLUTE = "absolute"
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Bound of ``eta * norm(M_i)``: ``bound * norm(W0)`` (relative) or ``bound`` itself.
-
-    Raises:
-        ValueError: the bound is not positive.
-    """
-
-    bound: float
-    mode: ClipMode = ClipMode.RELATIVE
-
-    def __post_init__(self) -> None:
-        if not self.bound > 0:
-            raise ValueError(f"clip bound {self.bound} is not positive")
 
 
 @torch.no_grad()
@@ -60,65 +29,69 @@ def summary_scales(
     targets_BTD: Tensor,
     weight_DF: Tensor,
     *,
+    rule: UpdateRule,
     plan: ChunkPlan,
-    learning_rate: float,
-    clip: Clip | None,
-    normalize: Normalize,
     reduce_sums: ReduceSums | None,
 ) -> Tensor | None:
     """Factor of each chunk's summary, ``[B, N]`` in the state's dtype; None if all are 1.
 
     Args:
+        keys_BTF: those under which the targets are written.
         reduce_sums: sums a small tensor over the ranks that share a row's keys (tensor
             parallelism); targets are whole on each of them. None: keys are whole.
+
+    Raises:
+        ValueError: a clip whose bound is not positive.
     """
-    if normalize is Normalize.NONE and clip is None:
+    if rule.normalize is Normalize.none and rule.clip.mode is ClipMode.off:
         return None
     reduce_sums = reduce_sums or (lambda sums: sums)
-    scale_BN = torch.ones(plan.batch, plan.chunks, device=keys_BTF.device).to(
-        state_dtype(keys_BTF.dtype)
+    scale_BN = torch.ones(
+        plan.batch, plan.chunks, dtype=state_dtype(keys_BTF.dtype), device=keys_BTF.device
     )
-    if normalize is Normalize.KEY_ENERGY:
+    if rule.normalize is Normalize.key_energy:
         energy_BN = reduce_sums(_key_energy_sums(keys_BTF, plan))
         count_BN = plan.sum_chunks(plan.writes_BT.to(energy_BN.dtype))
         # Chunks that write nothing, or whose keys are all zero, have nothing to scale.
         scale_BN = torch.where(energy_BN > 0, count_BN / energy_BN, scale_BN)
-    if clip is not None:
-        squares_BN = reduce_sums(_summary_squares(keys_BTF, targets_BTD, plan))
-        norm_BN = squares_BN.clamp(min=0).sqrt() * scale_BN
-        bound: Tensor | float = clip.bound
-        if clip.mode is ClipMode.RELATIVE:
-            weight_square = torch.linalg.vector_norm(weight_DF, dtype=norm_BN.dtype).square()
-            bound = clip.bound * reduce_sums(weight_square).sqrt()
-        scale_BN = scale_BN * (bound / (abs(learning_rate) * norm_BN)).clamp(max=1)
+    if rule.clip.mode is not ClipMode.off:
+        bound = clip_bound(rule.clip, weight_DF, reduce_sums)
+        norm_BN = summary_norms(keys_BTF, targets_BTD, plan, reduce_sums) * scale_BN
+        scale_BN = scale_BN * (bound / (abs(rule.eta) * norm_BN)).clamp(max=1)
     return scale_BN
 
 
-def scaled_targets(
-    keys_BTF: Tensor,
-    targets_BTD: Tensor,
-    weight_DF: Tensor,
-    *,
-    plan: ChunkPlan,
-    learning_rate: float,
-    clip: Clip | None,
-    normalize: Normalize,
-    reduce_sums: ReduceSums | None,
+def clip_bound(clip: Clip, weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor | float:
+    """The bound of ``eta * norm(M)``: a number, or a tensor without dims.
+
+    Raises:
+        ValueError: the bound is not positive.
+    """
+    if not clip.bound > 0:
+        raise ValueError(f"clip bound {clip.bound} is not positive")
+    if clip.mode is ClipMode.absolute:
+        return clip.bound
+    return clip.bound * weight_norm(weight_DF, reduce_sums)
+
+
+def weight_norm(weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor:
+    """``norm(W0)`` in the state's dtype, over all shards."""
+    dtype = state_dtype(weight_DF.dtype)
+    return reduce_sums(torch.linalg.vector_norm(weight_DF, dtype=dtype).square()).sqrt()
+
+
+def summary_norms(
+    keys_BTF: Tensor, targets_BTD: Tensor, plan: ChunkPlan, reduce_sums: ReduceSums
 ) -> Tensor:
+    """``norm(V_i^T Z_i)`` of each chunk over all shards, ``[B, N]`` in the state's dtype."""
+    return reduce_sums(_summary_squares(keys_BTF, targets_BTD, plan)).clamp(min=0).sqrt()
+
+
+def scale_chunks(targets_BTD: Tensor, scale_BN: Tensor | None, plan: ChunkPlan) -> Tensor:
     """Targets with their chunks' factors folded in; those that are never written stay.
 
-    Arguments as in :func:`summary_scales`; the result is differentiable in the targets alone.
+    Differentiable in the targets alone.
     """
-    scale_BN = summary_scales(
-        keys_BTF,
-        targets_BTD,
-        weight_DF,
-        plan=plan,
-        learning_rate=learning_rate,
-        clip=clip,
-        normalize=normalize,
-        reduce_sums=reduce_sums,
-    )
     if scale_BN is None:
         return targets_BTD
     # Only written rows: a factor of one document must not touch (or poison) another's gradient.

@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.fast_weights.scale import Normalize
+from megatron_ttt.rule import KERNEL_SIZE, Normalize
 
-KERNEL_SIZE = 5
 _REACH = KERNEL_SIZE // 2
 # Smallest mean square of a source row: keeps all-zero rows zero, far below any real embedding's.
 _RMS_FLOOR = 1e-12
@@ -34,7 +33,7 @@ def target_from_source(
     proj_weight_DE: Tensor | None,
     *,
     plan: ChunkPlan,
-    normalize: Normalize = Normalize.NONE,
+    normalize: Normalize = Normalize.none,
 ) -> Tensor:
     """``V = conv(U) @ W_target``, ``[B, T, E]`` in the source's dtype, zero on padding rows.
 
@@ -44,7 +43,7 @@ def target_from_source(
         proj_weight_DE: ``[D, E]``, a column shard or whole; None: identity.
         plan: of the same tokens: chunk and document edges, padding (U is zeroed on it before the
             conv, V after).
-        normalize: ``KEY_ENERGY`` takes U at unit root mean square, row by row.
+        normalize: ``key_energy`` takes U at unit root mean square, row by row.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -62,7 +61,7 @@ def target_from_source(
         raise ValueError(f"projection {list(proj_weight_DE.shape)} does not take {hidden} columns")
 
     mixed_BTD = _without_padding(source_BTD, plan)
-    if normalize is Normalize.KEY_ENERGY:
+    if normalize is Normalize.key_energy:
         mixed_BTD = _unit_rms(mixed_BTD)
     if conv_weight_D15 is not None:
         mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D15, plan)

@@ -16,11 +16,13 @@ from pathlib import Path
 MODULES = (
     "fast_weights.accumulate",
     "fast_weights.documents",
+    "fast_weights.exchange",
     "fast_weights.scale",
     "fast_weights.sweeps",
     "fast_weights.target",
     "fast_weights.update",
     "fast_weights.upload",
+    "fast_weights.write_rules",
     "hf.cache",
     "hf.configuration",
     "hf.mlp",
@@ -28,6 +30,7 @@ MODULES = (
     "hf.versions",
     "inference.fast_weight_state",
     "inference.token_runs",
+    "rule",
 )
 CLASSES = {
     "qwen3_ttt": "Qwen3TTT",

@@ -2,13 +2,15 @@
 
 The keys ``ttt_mode, ttt_layers, ttt_proj, ttt_lr, ttt_chunk, ttt_target`` are those of the
 published reference implementation, so that checkpoints exchange in both directions; what they
-cannot say goes into ``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize``.
+cannot say goes into ``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize, ttt_write,
+ttt_write_bound``.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import transformers
@@ -19,11 +21,15 @@ check_transformers(transformers.__version__)  # before a name is missing
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  # noqa: E402
 
-from megatron_ttt.fast_weights.scale import Clip, ClipMode, Normalize  # noqa: E402
-from megatron_ttt.inference.fast_weight_state import UpdateRule  # noqa: E402
+from megatron_ttt.rule import (  # noqa: E402
+    HF_TARGETS,
+    ClipMode,
+    Normalize,
+    UpdateRule,
+    WriteKind,
+    rule_from_keys,
+)
 
-TARGETS = ("hidden_states", "input_embed")
-CLIP_MODES = ("off", *(mode.value for mode in ClipMode))
 PUBLISHED_LAYERS = range(0, 31, 6)
 
 
@@ -34,16 +40,7 @@ def fast_layers(config: Any) -> list[int]:
 
 def update_rule(config: Any) -> UpdateRule:
     """The update rule that a configuration describes."""
-    clip = None
-    if config.ttt_clip_mode != "off":
-        clip = Clip(bound=config.ttt_clip_bound, mode=ClipMode(config.ttt_clip_mode))
-    return UpdateRule(
-        chunk_size=config.ttt_chunk,
-        learning_rate=config.ttt_lr,
-        decay=config.ttt_decay,
-        clip=clip,
-        normalize=Normalize(config.ttt_normalize),
-    )
+    return rule_from_keys(partial(getattr, config))
 
 
 def _check(config: Any) -> None:
@@ -69,10 +66,13 @@ def _check(config: Any) -> None:
         faults.append(f"ttt_decay={config.ttt_decay}: in (0, 1]")
     if config.ttt_clip_mode != "off" and not config.ttt_clip_bound > 0:
         faults.append(f"ttt_clip_bound={config.ttt_clip_bound}: above 0")
+    if not config.ttt_write_bound > 0:
+        faults.append(f"ttt_write_bound={config.ttt_write_bound}: above 0")
     for key, valid in (
-        ("ttt_target", TARGETS),
-        ("ttt_clip_mode", CLIP_MODES),
+        ("ttt_target", tuple(HF_TARGETS.values())),
+        ("ttt_clip_mode", tuple(mode.value for mode in ClipMode)),
         ("ttt_normalize", tuple(mode.value for mode in Normalize)),
+        ("ttt_write", tuple(kind.value for kind in WriteKind)),
     ):
         if getattr(config, key) not in valid:
             faults.append(f"{key}={getattr(config, key)!r}: one of {', '.join(valid)}")
@@ -101,6 +101,8 @@ class TTTKeys:
     ttt_clip_mode: str = "off"
     ttt_clip_bound: float | int = 0.1
     ttt_normalize: str = "none"
+    ttt_write: str = "plain"
+    ttt_write_bound: float | int = 0.3
 
     # The fast weight's shards would need sums that no plan describes.
     base_model_tp_plan: ClassVar[dict[str, Any] | None] = None

@@ -13,17 +13,28 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
-from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
-from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.fast_weights.target import target_from_source
+from megatron_ttt.fast_weights.update import fast_weight_scan
+from megatron_ttt.fast_weights.write_rules import TokenInputs, Write, WriteCall, write
 from megatron_ttt.hf.cache import FastWeightCache
 from megatron_ttt.hf.configuration import update_rule
-from megatron_ttt.inference.fast_weight_state import LayerTensors, UpdateRule
+from megatron_ttt.inference.fast_weight_state import LayerTensors
 from megatron_ttt.inference.token_runs import (
     TokenRuns,
     runs_of_mask,
     shift_back,
     shift_to_start,
     whole_runs,
+)
+from megatron_ttt.rule import (
+    CONV,
+    PROJ,
+    ParameterSpec,
+    TargetSource,
+    UpdateRule,
+    added_parameters,
+    reads_hidden_apart,
+    write_parameters,
 )
 
 
@@ -42,24 +53,17 @@ class CallLayout:
     places_BT: Tensor | None = None
 
 
-class TargetConv(nn.Module):
-    """``ttt_conv.weight [D, 1, 5]``: starts at zero, so that nothing is written before training."""
+class AddedWeight(nn.Module):
+    """A parameter that the update rule adds; ``.weight``. ``start``: its value before training.
 
-    def __init__(self, hidden: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden, 1, KERNEL_SIZE))
-
-
-class TargetProjection(nn.Module):
-    """``ttt_proj.weight [D, D]``, which multiplies from the right: ``conv(U) @ weight``.
-
-    No ``nn.Linear``, whose general initialisation is not for it: it starts diagonal, N(0, sigma^2)
-    with sigma the model's ``initializer_range``.
+    For example ``ttt_proj.weight [D, D]``, which multiplies from the right, ``conv(U) @ weight``:
+    no ``nn.Linear``, whose general initialisation is not for it.
     """
 
-    def __init__(self, hidden: int) -> None:
+    def __init__(self, spec: ParameterSpec, hidden: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden, hidden))
+        self.start = spec.start
+        self.weight = nn.Parameter(torch.zeros(spec.sizes(hidden)))
 
 
 class FastWeightMLP(nn.Module):
@@ -70,13 +74,15 @@ class FastWeightMLP(nn.Module):
         hidden, ffn = config.hidden_size, config.intermediate_size
         self.layer = layer
         self.config = config
-        self.reads_embeddings = config.ttt_target == "input_embed"
+        rule = update_rule(config)
+        self.reads_embeddings = rule.target is TargetSource.input_embeddings
         self.gate_proj = nn.Linear(hidden, ffn, bias=False)
         self.up_proj = nn.Linear(hidden, ffn, bias=False)
         self.down_proj = nn.Linear(ffn, hidden, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.ttt_conv = TargetConv(hidden) if config.ttt_conv else None
-        self.ttt_proj = TargetProjection(hidden) if config.ttt_proj else None
+        self.added = added_parameters(rule)
+        for name, spec in self.added.items():
+            self.add_module(name.removesuffix(".weight"), AddedWeight(spec, hidden))
 
     @property
     def rule(self) -> UpdateRule:
@@ -91,35 +97,41 @@ class FastWeightMLP(nn.Module):
         # Under autocast the keys decide the compute dtype.
         weight_DF = self.down_proj.weight.to(keys_BTF.dtype)
         source_BTD = layout.embeddings_BTD if self.reads_embeddings else inputs_BTD
+        rule = self.rule
+        hidden_BTD = inputs_BTD if reads_hidden_apart(rule) else None
+        tokens = TokenInputs(keys_BTF, source_BTD, hidden_BTD)
         if layout.cache is not None:
             state = layout.cache.state_of(self.layer, batch=layout.runs.batch)
-            tensors = LayerTensors(keys_BTF, source_BTD, weight_DF, self.targets)
-            return state.read(tensors, layout.runs)
+            return state.read(LayerTensors(tokens, weight_DF, self.make_write), layout.runs)
         assert layout.plan is not None
-        keys_BTF = shift_to_start(keys_BTF, layout.places_BT)
-        source_BTD = shift_to_start(source_BTD, layout.places_BT)
-        rule = self.rule
-        output = fast_weight_spans(
-            keys_BTF,
-            self.targets(source_BTD, layout.plan).to(keys_BTF.dtype),
+        tokens = tokens.map(lambda tensor: shift_to_start(tensor, layout.places_BT))
+        output = fast_weight_scan(
+            tokens.keys_BTF,
+            self.make_write(tokens, layout.plan, rule),
             weight_DF,
             plan=layout.plan,
-            learning_rate=rule.learning_rate,
-            clip=rule.clip,
-            normalize=rule.normalize,
+            eta=rule.eta,
         )
         return shift_back(output.outputs_BTD, layout.places_BT)
 
-    def targets(self, source_BTD: Tensor, plan: ChunkPlan) -> Tensor:
-        """``V = conv(U) @ W_target``."""
+    def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
+        """What tokens write under a rule whose parameters this layer has."""
+        dtype = tokens.keys_BTF.dtype  # under autocast the keys decide the compute dtype
         targets_BTD = target_from_source(
-            source_BTD,
-            None if self.ttt_conv is None else self.ttt_conv.weight,
-            None if self.ttt_proj is None else self.ttt_proj.weight,
+            tokens.source_BTH,
+            self._parameter(CONV),
+            self._parameter(PROJ),
             plan=plan,
-            normalize=self.rule.normalize,
+            normalize=rule.normalize,
         )
-        return targets_BTD
+        own = {name: self._parameter(name) for name in write_parameters(rule)}
+        call = WriteCall(rule, plan, self.down_proj.weight.to(dtype), own)
+        return write(tokens, targets_BTD.to(dtype), call)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        if name not in self.added:
+            return None
+        return self.get_parameter(name)
 
 
 def call_layout(

@@ -1,7 +1,7 @@
 """Every family with fast weights, as ``transformers`` classes.
 
 Without a cache a call reads its rows whole, differentiably, by the code that trains
-(``fast_weight_spans``); with one it continues the cache's fast weights (``FastWeightState``). Both
+(``fast_weight_scan``); with one it continues the cache's fast weights (``FastWeightState``). Both
 give the same logits. ``config.ttt_mode = False`` switches fast weights off at any time.
 
 Rows may be padded before or after their tokens (a two-dimensional ``attention_mask``); padding
@@ -48,12 +48,12 @@ from megatron_ttt.hf.configuration import (
     fast_layers,
 )
 from megatron_ttt.hf.mlp import (
+    AddedWeight,
     CallLayout,
     FastWeightMLP,
-    TargetConv,
-    TargetProjection,
     call_layout,
 )
+from megatron_ttt.rule import Start
 
 # Each mixin stands before a class of transformers that has the methods it calls by super().
 
@@ -77,19 +77,19 @@ class _LayerMixin:
 
 
 class _WeightsMixin:
-    """Initial values of the target generator, for training and for plain checkpoints."""
+    """Initial values of what the update rule adds, for training and for plain checkpoints."""
 
     config: Any
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TargetConv):
+        if not isinstance(module, AddedWeight):
+            super()._init_weights(module)  # type: ignore[misc]
+        elif module.start is Start.zeros:
             init.zeros_(module.weight)
-        elif isinstance(module, TargetProjection):
+        else:
             diagonal = module.weight.new_empty(len(module.weight))
             init.copy_(module.weight, diagonal.normal_(std=self.config.initializer_range).diag())
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
 
 
 class _ModelMixin:

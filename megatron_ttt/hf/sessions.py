@@ -32,7 +32,6 @@ def model_identity(model: Any) -> Identity:
     return identity_of(
         update_rule(config),
         layers=fast_layers(config),
-        target=config.ttt_target,
         weights=model.named_parameters(),
     )
 
@@ -41,7 +40,7 @@ def flush(model: Any, cache: FastWeightCache) -> None:
     """Write the unfinished chunk of every layer; the chunk grid starts anew behind it."""
     for layer, state in cache.fast_weights.items():
         mlp = model.get_decoder().layers[layer].mlp
-        state.flush(mlp.down_proj.weight, mlp.targets)
+        state.flush(mlp.down_proj.weight, mlp.make_write)
 
 
 def save_session(

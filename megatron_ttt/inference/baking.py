@@ -219,7 +219,7 @@ def bake(
         HFFolder(source),
         destination,
         matrices,
-        learning_rate=rule.learning_rate,
+        eta=rule.eta,
         shard_bytes=shard_bytes,
         check=compare,
     )
@@ -231,7 +231,7 @@ def write_plain(
     destination: Path,
     matrices: Mapping[int, Tensor],
     *,
-    learning_rate: float,
+    eta: float,
     shard_bytes: int,
     check: Callable[[Path], None],
 ) -> None:
@@ -241,7 +241,7 @@ def write_plain(
         source: of a model with fast weights.
         destination: folder; must not exist.
         matrices: ``S [D, F]`` by layer.
-        learning_rate: ``eta``.
+        eta: of the update rule.
         shard_bytes: largest file of weights.
         check: called with the finished folder before it becomes visible.
 
@@ -258,7 +258,7 @@ def write_plain(
     shards = shards_of(pieces, shard_bytes)
     job = {
         "source": str(source.path.resolve()),
-        "learning_rate": learning_rate,
+        "eta": eta,
         "states": {name: float(matrix.double().sum()) for name, matrix in read.items()},
     }
     with writing(destination):
@@ -266,7 +266,7 @@ def write_plain(
         for file, some in shards.items():
             if file not in folder.done:
                 with (folder.path / file).open("wb") as stream:
-                    blocks = partial(_rows, source, read, learning_rate)
+                    blocks = partial(_rows, source, read, eta)
                     write_shard(stream, some, blocks, _silent)
                 folder.finish(file)
         if len(shards) > 1:
@@ -292,7 +292,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(
-    source: HFFolder, read: Mapping[str, Tensor], learning_rate: float, piece: Piece
+    source: HFFolder, read: Mapping[str, Tensor], eta: float, piece: Piece
 ) -> Iterator[Tensor]:
     """A tensor's rows in order; the sum is rounded once, to the tensor's dtype."""
     matrix_DF = read.get(piece.name)
@@ -300,7 +300,7 @@ def _rows(
         rows = source.rows(piece.name, start, stop)
         if matrix_DF is not None:
             read_rows = matrix_DF[start:stop].double()
-            rows = torch.add(rows.double(), read_rows, alpha=learning_rate).to(piece.dtype)
+            rows = torch.add(rows.double(), read_rows, alpha=eta).to(piece.dtype)
         yield rows
 
 

@@ -19,18 +19,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
-from megatron_ttt.fast_weights.scale import Clip, Normalize, ReduceSums
-from megatron_ttt.fast_weights.sweeps import CarryExchange
-from megatron_ttt.fast_weights.update import fast_weight_spans, flush
+from megatron_ttt.fast_weights.exchange import CarryExchange
+from megatron_ttt.fast_weights.update import fast_weight_scan, written_state
+from megatron_ttt.fast_weights.write_rules import TokenInputs, Write
 from megatron_ttt.inference.token_runs import TokenRuns, equal_rows
+from megatron_ttt.rule import UpdateRule
 
-MakeTargets = Callable[[Tensor, ChunkPlan], Tensor]
+MakeWrite = Callable[[TokenInputs, ChunkPlan, UpdateRule], Write]
 
 
 class Unfinished(StrEnum):
@@ -41,30 +43,17 @@ class Unfinished(StrEnum):
 
 
 @dataclass(frozen=True)
-class UpdateRule:
-    """How a layer writes: chunk size C, eta, gamma, clip and normalisation."""
-
-    chunk_size: int
-    learning_rate: float
-    decay: float = 1.0
-    clip: Clip | None = None
-    normalize: Normalize = Normalize.NONE
-
-
-@dataclass(frozen=True)
 class LayerTensors:
     """What a layer needs for one call.
 
-    ``keys_BTF`` and ``weight_DF``: Z and W0, compute dtype. ``source_BTH``: U. ``make_targets``:
-    ``(U of some rows, their plan) -> V``; collective under tensor parallelism, like
-    ``reduce_sums`` (see ``fast_weight_linear``): every rank of the group reads the same rows.
+    ``tokens``: of the call. ``weight_DF``: W0, compute dtype. ``make_write``: ``(some tokens, their
+    plan, the rule) -> what they write``; collective under tensor parallelism: every rank of the
+    group reads the same rows.
     """
 
-    keys_BTF: Tensor
-    source_BTH: Tensor
+    tokens: TokenInputs
     weight_DF: Tensor
-    make_targets: MakeTargets
-    reduce_sums: ReduceSums | None = None
+    make_write: MakeWrite
 
 
 @dataclass(frozen=True)
@@ -99,8 +88,7 @@ class FastWeightState:
         self.pending = [0] * batch
         self.state_BDF: Tensor | None = None  # None: zero in every row
         self._effective_BDF: Tensor | None = None  # W0 + eta * S; None: W0, or not yet built
-        self._keys_BCF: Tensor | None = None
-        self._source_BCH: Tensor | None = None
+        self._kept: TokenInputs | None = None  # room for a chunk of every row
 
     @property
     def batch(self) -> int:
@@ -122,7 +110,7 @@ class FastWeightState:
         """
         if runs.batch != self.batch:
             raise ValueError(f"{runs.batch} rows cannot continue a state of {self.batch}")
-        assert layer.keys_BTF.shape[:2] == (runs.batch, runs.length)
+        assert layer.tokens.keys_BTF.shape[:2] == (runs.batch, runs.length)
         self._reserve(layer)
         if runs.length == 1:
             outputs_BTD = self._read_one(layer, runs)
@@ -147,40 +135,31 @@ class FastWeightState:
         """
         if any(self.pending):
             raise ValueError(f"{max(self.pending)} tokens wait in an unfinished chunk")
-        output = fast_weight_spans(
-            layer.keys_BTF,
-            layer.make_targets(layer.source_BTH, spans.plan),
+        output = fast_weight_scan(
+            layer.tokens.keys_BTF,
+            layer.make_write(layer.tokens, spans.plan, self.rule),
             layer.weight_DF,
             plan=spans.plan,
-            learning_rate=self.rule.learning_rate,
+            eta=self.rule.eta,
             spans=spans.count,
             exchange=spans.exchange,
             carry_BDF=self.state_BDF if spans.has_first else None,
-            clip=self.rule.clip,
-            normalize=self.rule.normalize,
-            reduce_sums=layer.reduce_sums,
         )
         self._take(list(range(self.batch)), spans.share_last(output.state_BDF), layer.weight_DF)
         self.places = [place + spans.length for place in self.places]
         return output.outputs_BTD
 
     @torch.no_grad()
-    def flush(
-        self,
-        weight_DF: Tensor,
-        make_targets: MakeTargets,
-        *,
-        reduce_sums: ReduceSums | None = None,
-    ) -> None:
+    def flush(self, weight_DF: Tensor, make_write: MakeWrite) -> None:
         """Write every row's unfinished chunk now; the chunk grid starts anew behind it.
 
         Args:
             weight_DF: W0.
-            make_targets, reduce_sums: as in ``LayerTensors``.
+            make_write: as in ``LayerTensors``.
         """
-        if self._keys_BCF is None or self._source_BCH is None:
+        if self._kept is None:
             return
-        layer = LayerTensors(self._keys_BCF, self._source_BCH, weight_DF, make_targets, reduce_sums)
+        layer = LayerTensors(self._kept, weight_DF, make_write)
         for rows in equal_rows([(pending,) for pending in self.pending]):
             if self.pending[rows[0]]:
                 self._write(rows, layer)
@@ -191,22 +170,27 @@ class FastWeightState:
             return
         self.places = [self.places[row] for row in rows]
         self.pending = [self.pending[row] for row in rows]
-        for name in ("state_BDF", "_effective_BDF", "_keys_BCF", "_source_BCH"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                index = torch.tensor(list(rows), device=tensor.device)
-                setattr(self, name, tensor.index_select(0, index))
+
+        def chosen(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, torch.tensor(list(rows), device=tensor.device))
+
+        if self.state_BDF is not None:
+            self.state_BDF = chosen(self.state_BDF)
+        if self._effective_BDF is not None:
+            self._effective_BDF = chosen(self._effective_BDF)
+        if self._kept is not None:
+            self._kept = self._kept.map(chosen)
 
     def repeat(self, times: int) -> None:
         """Each row ``times`` times, repeats next to each other."""
         self.select([row for row in range(self.batch) for _ in range(times)])
 
-    def unfinished(self) -> tuple[Tensor, Tensor] | None:
-        """Keys ``[B, P, F]`` and sources ``[B, P, H]`` that wait, P the longest row's; or None."""
+    def unfinished(self) -> TokenInputs | None:
+        """The tokens that wait, ``[B, P, ...]``, P the longest row's; or None."""
         longest = max(self.pending)
-        if self._keys_BCF is None or self._source_BCH is None or longest == 0:
+        if self._kept is None or longest == 0:
             return None
-        return self._keys_BCF[:, :longest], self._source_BCH[:, :longest]
+        return self._kept.map(lambda kept: kept[:, :longest])
 
     def restore(
         self,
@@ -214,7 +198,7 @@ class FastWeightState:
         places: Sequence[int],
         pending: Sequence[int],
         state_BDF: Tensor | None,
-        unfinished: tuple[Tensor, Tensor] | None,
+        unfinished: TokenInputs | None,
     ) -> None:
         """Continue from what ``places``, ``pending``, ``state_BDF`` and ``unfinished`` once were.
 
@@ -224,13 +208,12 @@ class FastWeightState:
         assert all(0 <= waiting < self.rule.chunk_size for waiting in pending)
         self.places, self.pending = list(places), list(pending)
         self.state_BDF, self._effective_BDF = state_BDF, None
-        self._keys_BCF = self._source_BCH = None
+        self._kept = None
         if unfinished is not None:
-            keys_BPF, source_BPH = unfinished
-            self._keys_BCF = self._buffer(keys_BPF)
-            self._source_BCH = self._buffer(source_BPH)
-            self._keys_BCF[:, : keys_BPF.shape[1]] = keys_BPF
-            self._source_BCH[:, : source_BPH.shape[1]] = source_BPH
+            length = unfinished.keys_BTF.shape[1]
+            self._kept = unfinished.map(self._buffer)
+            for kept, waiting in zip(self._kept, unfinished, strict=True):
+                kept[:, :length] = waiting
 
     def update_ratios(self, weight_DF: Tensor) -> Tensor:
         """``norm(eta * S) / norm(W0)`` of each row, ``[B]``."""
@@ -238,27 +221,27 @@ class FastWeightState:
             return torch.zeros(self.batch, device=weight_DF.device)
         norm_B = torch.linalg.vector_norm(self.state_BDF.flatten(1), dim=1)
         slow = torch.linalg.vector_norm(weight_DF, dtype=norm_B.dtype)
-        return abs(self.rule.learning_rate) * norm_B / slow
+        return abs(self.rule.eta) * norm_B / slow
 
     def _buffer(self, like_BTX: Tensor) -> Tensor:
         return like_BTX.new_empty(self.batch, self.rule.chunk_size, like_BTX.shape[2])
 
     def _reserve(self, layer: LayerTensors) -> None:
-        if self._keys_BCF is None:
-            self._keys_BCF = self._buffer(layer.keys_BTF)
-            self._source_BCH = self._buffer(layer.source_BTH)
+        if self._kept is None:
+            self._kept = layer.tokens.map(self._buffer)
         if self.state_BDF is not None and self._effective_BDF is None:
             self._rebuild(list(range(self.batch)), layer.weight_DF)
 
     def _read_one(self, layer: LayerTensors, runs: TokenRuns) -> Tensor:
         """One token a row: one batched product, and one place of the buffer a row."""
+        keys_BTF = layer.tokens.keys_BTF
         if self._effective_BDF is None:
-            outputs_BTD = torch.nn.functional.linear(layer.keys_BTF, layer.weight_DF)
+            outputs_BTD = torch.nn.functional.linear(keys_BTF, layer.weight_DF)
         else:
-            outputs_BTD = torch.bmm(layer.keys_BTF, self._effective_BDF.mT)
+            outputs_BTD = torch.bmm(keys_BTF, self._effective_BDF.mT)
         rows = [row for row, count in enumerate(runs.count) if count]
         some = self._of_rows(rows)
-        self._append(rows, layer.keys_BTF[some], layer.source_BTH[some])
+        self._append(rows, layer.tokens.map(lambda tokens: tokens[some]))
         complete = [row for row in rows if self.pending[row] == self.rule.chunk_size]
         if complete:
             self._write(complete, layer)
@@ -266,61 +249,54 @@ class FastWeightState:
 
     def _read_runs(self, layer: LayerTensors, runs: TokenRuns) -> Tensor:
         hidden = layer.weight_DF.shape[0]
-        outputs_BTD = layer.keys_BTF.new_zeros(runs.batch, runs.length, hidden)
+        outputs_BTD = layer.tokens.keys_BTF.new_zeros(runs.batch, runs.length, hidden)
         for rows in equal_rows(list(zip(runs.first, runs.count, self.pending, strict=True))):
             first, count = runs.first[rows[0]], runs.count[rows[0]]
             if count:
-                some = self._of_rows(rows)
-                tokens = slice(first, first + count)
-                outputs_BTD[some, tokens] = self._read_run(
-                    rows, layer.keys_BTF[some, tokens], layer.source_BTH[some, tokens], layer
-                )
+                there = (self._of_rows(rows), slice(first, first + count))
+                tokens = layer.tokens.map(itemgetter(there))
+                outputs_BTD[there] = self._read_run(rows, tokens, layer)
         return outputs_BTD
 
-    def _read_run(
-        self, rows: list[int], keys_RTF: Tensor, source_RTH: Tensor, layer: LayerTensors
-    ) -> Tensor:
+    def _read_run(self, rows: list[int], tokens: TokenInputs, layer: LayerTensors) -> Tensor:
         """Rows with equally many waiting and new tokens: end the chunk, whole chunks, the rest."""
-        chunk_size, length = self.rule.chunk_size, keys_RTF.shape[1]
+        chunk_size, length = self.rule.chunk_size, tokens.keys_BTF.shape[1]
         waiting = self.pending[rows[0]]
         head = min(length, chunk_size - waiting) if waiting else 0
         body = head + (length - head) // chunk_size * chunk_size
         outputs = []
         if head:
-            outputs.append(self._apply(rows, keys_RTF[:, :head], layer.weight_DF))
-            self._append(rows, keys_RTF[:, :head], source_RTH[:, :head])
+            some = tokens.map(lambda tensor: tensor[:, :head])
+            outputs.append(self._apply(rows, some.keys_BTF, layer.weight_DF))
+            self._append(rows, some)
             if waiting + head == chunk_size:
                 self._write(rows, layer)
         if body > head:
-            whole = slice(head, body)
-            outputs.append(self._read_chunks(rows, keys_RTF[:, whole], source_RTH[:, whole], layer))
+            some = tokens.map(lambda tensor: tensor[:, head:body])
+            outputs.append(self._read_chunks(rows, some, layer))
         if length > body:
-            outputs.append(self._apply(rows, keys_RTF[:, body:], layer.weight_DF))
-            self._append(rows, keys_RTF[:, body:], source_RTH[:, body:])
+            some = tokens.map(lambda tensor: tensor[:, body:])
+            outputs.append(self._apply(rows, some.keys_BTF, layer.weight_DF))
+            self._append(rows, some)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _read_chunks(
-        self, rows: list[int], keys_RTF: Tensor, source_RTH: Tensor, layer: LayerTensors
-    ) -> Tensor:
+    def _read_chunks(self, rows: list[int], tokens: TokenInputs, layer: LayerTensors) -> Tensor:
         """Whole chunks, by the very code that trains."""
         plan = plan_chunks(
             None,
             batch=len(rows),
-            length=keys_RTF.shape[1],
+            length=tokens.keys_BTF.shape[1],
             chunk_size=self.rule.chunk_size,
             decay=self.rule.decay,
-            device=keys_RTF.device,
+            device=tokens.keys_BTF.device,
         )
-        output = fast_weight_spans(
-            keys_RTF,
-            layer.make_targets(source_RTH, plan),
+        output = fast_weight_scan(
+            tokens.keys_BTF,
+            layer.make_write(tokens, plan, self.rule),
             layer.weight_DF,
             plan=plan,
-            learning_rate=self.rule.learning_rate,
+            eta=self.rule.eta,
             carry_BDF=None if self.state_BDF is None else self.state_BDF[self._of_rows(rows)],
-            clip=self.rule.clip,
-            normalize=self.rule.normalize,
-            reduce_sums=layer.reduce_sums,
         )
         self._take(rows, output.state_BDF, layer.weight_DF)
         return output.outputs_BTD
@@ -335,19 +311,17 @@ class FastWeightState:
         ]
         return torch.stack(parts)
 
-    def _append(self, rows: list[int], keys_RTF: Tensor, source_RTH: Tensor) -> None:
+    def _append(self, rows: list[int], tokens: TokenInputs) -> None:
         """Keep tokens of ``rows``: several at once only where equally many wait in each row."""
-        assert self._keys_BCF is not None and self._source_BCH is not None
-        count = keys_RTF.shape[1]
+        assert self._kept is not None
+        count = tokens.keys_BTF.shape[1]
         waiting = [self.pending[row] for row in rows]
-        if len(set(waiting)) == 1:
-            there = (self._of_rows(rows), slice(waiting[0], waiting[0] + count))
-            self._keys_BCF[there] = keys_RTF
-            self._source_BCH[there] = source_RTH
-        elif rows:
-            assert count == 1
-            self._keys_BCF[rows, waiting] = keys_RTF[:, 0]
-            self._source_BCH[rows, waiting] = source_RTH[:, 0]
+        for kept, new in zip(self._kept, tokens, strict=True):
+            if len(set(waiting)) == 1:
+                kept[self._of_rows(rows), waiting[0] : waiting[0] + count] = new
+            elif rows:
+                assert count == 1
+                kept[rows, waiting] = new[:, 0]
         for row in rows:
             self.pending[row] += count
 
@@ -357,25 +331,26 @@ class FastWeightState:
 
     def _write(self, rows: list[int], layer: LayerTensors) -> None:
         """Write the waiting tokens of ``rows`` (equally many) and start their next chunk."""
-        assert self._keys_BCF is not None and self._source_BCH is not None
-        waiting = self.pending[rows[0]]
-        keys_RPF = self._keys_BCF[self._of_rows(rows), :waiting]
+        assert self._kept is not None
+        waiting, some = self.pending[rows[0]], self._of_rows(rows)
+        tokens = self._kept.map(lambda kept: kept[some, :waiting])
         plan = plan_chunks(
-            None, batch=len(rows), length=waiting, chunk_size=waiting, device=keys_RPF.device
+            None,
+            batch=len(rows),
+            length=waiting,
+            chunk_size=waiting,
+            decay=self.rule.decay,
+            device=tokens.keys_BTF.device,
         )
         if self.state_BDF is None:
             self._zero(layer.weight_DF)
         assert self.state_BDF is not None
-        state_RDF = flush(
-            self.state_BDF[self._of_rows(rows)],
-            keys_RPF,
-            layer.make_targets(self._source_BCH[self._of_rows(rows), :waiting], plan),
+        state_RDF = written_state(
+            self.state_BDF[some],
+            tokens.keys_BTF,
+            layer.make_write(tokens, plan, self.rule),
             layer.weight_DF,
-            learning_rate=self.rule.learning_rate,
-            decay=self.rule.decay,
-            clip=self.rule.clip,
-            normalize=self.rule.normalize,
-            reduce_sums=layer.reduce_sums,
+            plan=plan,
         )
         self._take(rows, state_RDF, layer.weight_DF)
         for row in rows:
@@ -401,6 +376,6 @@ class FastWeightState:
         assert self.state_BDF is not None
         if self._effective_BDF is None:
             self._effective_BDF = weight_DF.repeat(self.batch, 1, 1)
-        eta = self.rule.learning_rate
+        eta = self.rule.eta
         for row in rows:
             torch.add(weight_DF, self.state_BDF[row], alpha=eta, out=self._effective_BDF[row])

@@ -27,7 +27,7 @@ from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.data.tokenizers import ModelTokenizer, TokenizerIdentity
 from megatron_ttt.inference.backend import Turn, UnfitModel
 from megatron_ttt.inference.fast_weight_state import Unfinished
-from megatron_ttt.inference.model_session import ModelSession, update_rule
+from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.inference.state_files import (
     Identity,
     StateFile,
@@ -156,9 +156,8 @@ class MegatronBackend:
             raise StateFileError("a session or memory holds fast weights, and they are off here")
         tp = self.ranks.groups.tp
         return identity_of(
-            update_rule(self.config),
+            self.config.ttt,
             layers=fast,
-            target=self.config.ttt.target.value,
             weights=self.model.named_parameters(),
             layout=f"tensor rank {tp.rank()} of {tp.size()}",
         )
@@ -215,7 +214,7 @@ class MegatronBackend:
         own = self.own_file(path)
         file = load_state(own, StateKind.MEMORY, self.identity)
         reader = self.new_reader(batch)
-        reader.fast_weights = unpack_states(file, update_rule(self.config), device=self.device)
+        reader.fast_weights = unpack_states(file, self.config.ttt, device=self.device)
         for state in reader.fast_weights.values():
             if state.batch not in (1, batch):
                 raise StateFileError(f"{own}: holds {state.batch} rows, not 1 or {batch}")
@@ -226,7 +225,7 @@ class MegatronBackend:
         places = file.extra["row_places"]
         reader = self.new_reader(len(places))
         reader.places = list(places)
-        reader.fast_weights = unpack_states(file, update_rule(self.config), device=self.device)
+        reader.fast_weights = unpack_states(file, self.config.ttt, device=self.device)
         for layer, cache in reader.attention.items():
             held: Any = tuple(
                 file.tensors[f"attention.{layer}.{part}"].to(self.device)

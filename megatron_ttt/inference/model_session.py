@@ -15,7 +15,7 @@ hidden, F ffn / tp, A heads, G key/value groups, E head dim, W vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from enum import Enum
@@ -29,17 +29,16 @@ from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.schema import Config, TTTMode
-from megatron_ttt.fast_weights.documents import ChunkPlan
+from megatron_ttt.fast_weights.write_rules import TokenInputs
 from megatron_ttt.inference.fast_weight_state import (
     ContextSpans,
     FastWeightState,
     LayerTensors,
-    UpdateRule,
+    MakeWrite,
 )
 from megatron_ttt.inference.key_value_cache import KeyValueCache
 from megatron_ttt.inference.token_runs import TokenRuns
 from megatron_ttt.model.attention import TorchAttention
-from megatron_ttt.model.build import fast_weight_settings
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import (
@@ -67,19 +66,6 @@ class Mark:
 
     places: tuple[int, ...]
     fast_weights: dict[int, FastWeightState]
-
-
-def update_rule(config: Config) -> UpdateRule:
-    """The update rule of a configuration with fast weights."""
-    settings = fast_weight_settings(config)
-    assert settings is not None, "the configuration has no fast weights"
-    return UpdateRule(
-        chunk_size=config.ttt.chunk_size,
-        learning_rate=settings.learning_rate,
-        decay=config.ttt.decay,
-        clip=settings.clip,
-        normalize=settings.normalize,
-    )
 
 
 class ModelSession:
@@ -125,8 +111,7 @@ class ModelSession:
         self.writes_fast_weights = bool(fast)
         self.fast_weights: dict[int, FastWeightState] = {}
         if fast:
-            rule = update_rule(config)
-            self.fast_weights = {layer: FastWeightState(rule, batch=batch) for layer in fast}
+            self.fast_weights = {layer: FastWeightState(config.ttt, batch=batch) for layer in fast}
         self.attention = {layer: KeyValueCache(batch=batch) for layer in range(config.model.layers)}
         self._scan = scan_settings(config.parallel, groups.cp)
         self._runs: TokenRuns | None = None
@@ -199,9 +184,7 @@ class ModelSession:
         """Write the unfinished chunk of every layer; the chunk grid starts anew behind it."""
         for layer, state in self.fast_weights.items():
             mlp: Any = self.model.decoder.layers[layer].mlp
-            state.flush(
-                mlp.linear_fc2.weight, mlp.make_targets, reduce_sums=mlp.sum_over_tensor_ranks
-            )
+            state.flush(mlp.linear_fc2(), mlp.make_write)
 
     # What the layers call (``sequence_layout.ReadingSession``):
 
@@ -229,16 +212,13 @@ class ModelSession:
     def read_fast_weight(
         self,
         layer: int,
-        keys: Tensor,
-        source: Tensor,
+        tokens: TokenInputs,
         weight: Tensor,
-        *,
-        make_targets: Callable[[Tensor, ChunkPlan], Tensor],
-        reduce_sums: Callable[[Tensor], Tensor],
+        make_write: MakeWrite,
     ) -> Tensor:
-        """Keys ``[B, L, F]`` and sources ``[B, L, H]`` to outputs ``[B, L, H]``."""
+        """Read the call's tokens: outputs ``[B, L, H]``."""
         assert self._runs is not None
-        tensors = LayerTensors(keys, source, weight, make_targets, reduce_sums)
+        tensors = LayerTensors(tokens, weight, make_write)
         if self._split is not None:
             return self.fast_weights[layer].read_spans(tensors, self._spans(layer, self._split))
         return self.fast_weights[layer].read(tensors, self._runs)

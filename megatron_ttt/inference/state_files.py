@@ -25,9 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_ttt.inference.fast_weight_state import FastWeightState, UpdateRule
+from megatron_ttt.fast_weights.write_rules import TokenInputs
+from megatron_ttt.inference.fast_weight_state import FastWeightState
+from megatron_ttt.rule import UpdateRule, reads_hidden_apart, rule_identity
 
 _FORMAT = "megatron_ttt state 1"
+TOKEN_TENSORS = ("keys", "source", "hidden")  # of an unfinished chunk; the last where it is apart
+# Files of exported models once named the target source as their config.json does.
+HF_TARGETS = {"input_embed": "input_embeddings"}
 
 
 class StateFileError(ValueError):
@@ -55,6 +60,7 @@ class Identity:
     decay: float
     clip: str
     normalize: str
+    write: str = "plain"  # files of before there were others do not say
     layout: str = "1 rank"
 
     def differences(self, other: Identity) -> list[str]:
@@ -81,22 +87,15 @@ def identity_of(
     rule: UpdateRule,
     *,
     layers: Iterable[int],
-    target: str,
     weights: Iterable[tuple[str, Tensor]],
     layout: str = "1 rank",
 ) -> Identity:
     """The identity of a model's fast weights; reads every weight once."""
-    clip = "off" if rule.clip is None else f"{rule.clip.mode.value} {rule.clip.bound!r}"
     return Identity(
         weights=digest_tensors(weights),
         layers=tuple(sorted(layers)),
-        target=target,
-        chunk_size=rule.chunk_size,
-        eta=rule.learning_rate,
-        decay=rule.decay,
-        clip=clip,
-        normalize=rule.normalize.value,
         layout=layout,
+        **rule_identity(rule),
     )
 
 
@@ -119,8 +118,8 @@ def pack_states(states: Mapping[int, FastWeightState]) -> tuple[dict[str, Tensor
             tensors[f"fast_weights.{layer}.state"] = state.state_BDF
         unfinished = state.unfinished()
         if unfinished is not None:
-            tensors[f"fast_weights.{layer}.keys"] = unfinished[0]
-            tensors[f"fast_weights.{layer}.source"] = unfinished[1]
+            for name, tensor in zip(TOKEN_TENSORS, unfinished, strict=False):
+                tensors[f"fast_weights.{layer}.{name}"] = tensor
     places = {str(layer): state.places for layer, state in states.items()}
     pending = {str(layer): state.pending for layer, state in states.items()}
     return tensors, {"places": places, "pending": pending}
@@ -156,10 +155,8 @@ def _unpack_layer(
     else:
         places, pending = file.extra["places"][str(layer)], file.extra["pending"][str(layer)]
         if any(pending):
-            unfinished = (
-                file.tensors[f"{name}.keys"].to(device),
-                file.tensors[f"{name}.source"].to(device),
-            )
+            names = TOKEN_TENSORS if reads_hidden_apart(rule) else TOKEN_TENSORS[:2]
+            unfinished = TokenInputs(*(file.tensors[f"{name}.{part}"].to(device) for part in names))
     restored = FastWeightState(rule, batch=len(places))
     restored.restore(
         places=places,
@@ -226,7 +223,8 @@ def load_state(path: Path | str, kind: StateKind, identity: Identity) -> StateFi
             raise StateFileError(f"{path}: format {description['format']!r}, not {_FORMAT!r}")
         found_kind = StateKind(description["kind"])
         saved = description["identity"]
-        saved_identity = Identity(**{**saved, "layers": tuple(saved["layers"])})
+        target = HF_TARGETS.get(saved["target"], saved["target"])
+        saved_identity = Identity(**{**saved, "layers": tuple(saved["layers"]), "target": target})
         checksum, extra = description["checksum"], description["extra"]
     except StateFileError:
         raise

@@ -1,7 +1,8 @@
 """A Megatron MLP whose down projection is a fast weight.
 
 Megatron builds it from a ``ModuleSpec`` in place of its own MLP; parameters keep their Megatron
-names, and two are added: ``ttt_conv.weight [H, 1, 5]`` and ``ttt_proj.weight [H, H / tp]``.
+names, and those that the update rule adds (``rule.py``) join them: ``ttt_conv.weight [H, 1, 5]``,
+``ttt_proj.weight [H, H / tp]``, and a write rule's own.
 
 Tensor parallelism. ``W0``, the state and its gradient are split along ffn, so updates need no
 communication; the target must be whole on every rank, but is computed in parts:
@@ -17,7 +18,6 @@ Shape letters: L local tokens (all of the span, not split by sequence parallelis
 H hidden, F ffn / tp.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,27 +32,25 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ttt.config.schema import TargetSource
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.fast_weights.scale import Clip, Normalize
-from megatron_ttt.fast_weights.target import KERNEL_SIZE, target_from_source
-from megatron_ttt.fast_weights.update import fast_weight_spans
+from megatron_ttt.fast_weights.target import target_from_source
+from megatron_ttt.fast_weights.update import fast_weight_scan
+from megatron_ttt.fast_weights.write_rules import TokenInputs, Write, WriteCall, write
 from megatron_ttt.model.bare_weight import BareWeight
 from megatron_ttt.model.remembered_scan import RememberedScan
 from megatron_ttt.model.sequence_layout import ReadingSession, SequenceLayout
 from megatron_ttt.parallel.collectives import replicate
-
-
-@dataclass(frozen=True)
-class FastWeightSettings:
-    """The part of the configuration a fast-weight layer needs; see ``config/schema.py``."""
-
-    learning_rate: float
-    normalize: Normalize
-    target: TargetSource
-    conv: bool
-    proj: bool
-    clip: Clip | None
+from megatron_ttt.rule import (
+    CONV,
+    PROJ,
+    ParameterSpec,
+    Placement,
+    TargetSource,
+    UpdateRule,
+    added_parameters,
+    reads_hidden_apart,
+    write_parameters,
+)
 
 
 class FastWeightMLP(MLP):
@@ -69,7 +67,7 @@ class FastWeightMLP(MLP):
         config: TransformerConfig,
         submodules: MLPSubmodules,
         *,
-        settings: FastWeightSettings,
+        rule: UpdateRule,
         groups: ProcessGroupCollection,
         **kwargs: Any,
     ) -> None:
@@ -80,19 +78,38 @@ class FastWeightMLP(MLP):
         super().__init__(
             config, submodules, tp_group=groups.tp, ffn_hidden_size=config.ffn_hidden_size
         )
-        self.settings = settings
+        self.rule = rule
         self.layer = -1  # set by set_layer_number, counted from 0 over the whole model
         fc1 = self.linear_fc1
         fc1.sequence_parallel = fc1.allreduce_dgrad = False
         fc1.disable_grad_reduce = True
-        hidden, tp = config.hidden_size, groups.tp.size()
-        if settings.conv:
-            self.ttt_conv = BareWeight(config, (hidden, 1, KERNEL_SIZE), None)
+        self.added = added_parameters(rule)
+        for name, spec in self.added.items():
+            self._add(name, spec, config, groups.tp.size())
+
+    def _add(self, name: str, spec: ParameterSpec, config: TransformerConfig, tp: int) -> None:
+        """Make this tensor rank's part of a parameter that the update rule adds."""
+        module, attribute = name.split(".")
+        assert attribute == "weight", f"{name}: a bare module holds a weight"
+        shape = list(spec.sizes(config.hidden_size))
+        axis = None
+        if spec.placement is Placement.columns:
+            axis = len(shape) - 1
+            shape[axis] //= tp
+        self.add_module(module, BareWeight(config, tuple(shape), axis))
+        if spec.placement is Placement.whole:
             # Megatron sums the gradients of parameters so marked over tensor ranks once a step.
-            weight: Any = self.ttt_conv.weight
+            weight: Any = getattr(self, module).weight
             weight.sequence_parallel = config.sequence_parallel
-        if settings.proj:
-            self.ttt_proj = BareWeight(config, (hidden, hidden // tp), 1)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """A parameter that the rule adds, as this rank computes with it; ``None`` without it."""
+        if name not in self.added:
+            return None
+        value: Tensor = getattr(self, name.split(".")[0])()
+        if self.added[name].placement is Placement.whole and not self.config.sequence_parallel:
+            return replicate(value, group=self.tp_group)  # sums its gradient in the backward
+        return value
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by Megatron's layer with its number, which starts at 1."""
@@ -123,18 +140,15 @@ class FastWeightMLP(MLP):
     ) -> Tensor:
         """The down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
         assert layout.plan is not None
-        targets = self.make_targets(self._source(inputs, layout).transpose(0, 1), layout.plan)
-        output = fast_weight_spans(
-            keys.transpose(0, 1),
-            targets,
+        tokens = self._token_inputs(inputs, keys, layout)
+        output = fast_weight_scan(
+            tokens.keys_BTF,
+            self._write(tokens, layout.plan, self.rule, weight),
             weight,
             plan=layout.plan,
-            learning_rate=self.settings.learning_rate,
+            eta=self.rule.eta,
             spans=len(layout.ranges),
             exchange=self._exchange(layout),
-            clip=self.settings.clip,
-            normalize=self.settings.normalize,
-            reduce_sums=self.sum_over_tensor_ranks,
         )
         layout.state_squares[self.layer] = output.state_squares_BN
         # Megatron's reduction works in place on contiguous memory and silently loses a view's.
@@ -150,12 +164,7 @@ class FastWeightMLP(MLP):
     ) -> Tensor:
         """Inference: the session holds the rows' fast weights. ``[L, B, H]``, partial over tp."""
         outputs = session.read_fast_weight(
-            self.layer,
-            keys.transpose(0, 1),
-            self._source(inputs, layout).transpose(0, 1),
-            weight,
-            make_targets=self.make_targets,
-            reduce_sums=self.sum_over_tensor_ranks,
+            self.layer, self._token_inputs(inputs, keys, layout), weight, self.make_write
         )
         return outputs.transpose(0, 1).contiguous()
 
@@ -174,36 +183,49 @@ class FastWeightMLP(MLP):
 
     def _source(self, inputs: Tensor, layout: SequenceLayout) -> Tensor:
         """U, the target source: ``[L, B, H]``, whole on every tensor rank."""
-        if self.settings.target is TargetSource.hidden_states:
+        if self.rule.target is TargetSource.hidden_states:
             return inputs
         assert layout.embeddings is not None
         return self._whole(layout.embeddings)
 
-    def keys_and_targets(
-        self, hidden_states: Tensor, layout: SequenceLayout
-    ) -> tuple[Tensor, Tensor]:
-        """What :meth:`forward` writes of the same arguments, for those who measure it.
+    def _token_inputs(self, inputs: Tensor, keys: Tensor, layout: SequenceLayout) -> TokenInputs:
+        """What the rule reads of each token, batch first; keys are this tensor rank's columns."""
+        hidden = inputs.transpose(0, 1) if reads_hidden_apart(self.rule) else None
+        source = self._source(inputs, layout).transpose(0, 1)
+        return TokenInputs(keys.transpose(0, 1), source, hidden)
 
-        Z ``[B, L, F]``, this tensor rank's columns, and V ``[B, L, H]``, whole on every rank.
+    def keys_and_write(self, hidden_states: Tensor, layout: SequenceLayout) -> tuple[Tensor, Write]:
+        """Z ``[B, L, F]`` (this tensor rank's columns) and what :meth:`forward` writes.
+
+        For those who measure it; arguments as for :meth:`forward`.
         """
         assert layout.plan is not None
         inputs = self._whole(hidden_states)
-        targets = self.make_targets(self._source(inputs, layout).transpose(0, 1), layout.plan)
-        return self._keys(inputs).transpose(0, 1), targets
+        tokens = self._token_inputs(inputs, self._keys(inputs), layout)
+        return tokens.keys_BTF, self.make_write(tokens, layout.plan, self.rule)
 
-    def make_targets(self, source: Tensor, plan: ChunkPlan) -> Tensor:
+    def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
+        """What tokens write, its targets whole on every tensor rank.
+
+        Args:
+            tokens: ``[B, L, ...]``, keys split over tensor ranks; every rank must call.
+            plan: of the same tokens.
+            rule: this layer's, or another that has its parameters.
+        """
+        return self._write(tokens, plan, rule, self.linear_fc2())
+
+    def _write(
+        self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule, weight: Tensor
+    ) -> Write:
+        targets = self._targets(tokens.source_BTH, plan, rule)
+        own = {name: self._parameter(name) for name in write_parameters(rule)}
+        call = WriteCall(rule, plan, weight, own, self.sum_over_tensor_ranks)
+        return write(tokens, targets, call)
+
+    def _targets(self, source: Tensor, plan: ChunkPlan, rule: UpdateRule) -> Tensor:
         """``V = conv(U) @ W_target``: ``[B, L, H]`` to the same, whole on every tensor rank."""
-        conv: Tensor | None = None
-        proj: Tensor | None = None
-        if self.settings.conv:
-            conv = self.ttt_conv()
-            if not self.config.sequence_parallel:  # else Megatron sums its gradient once a step
-                conv = replicate(conv, group=self.tp_group)
-        if self.settings.proj:
-            proj = self.ttt_proj()
-        targets = target_from_source(
-            source, conv, proj, plan=plan, normalize=self.settings.normalize
-        )
+        conv, proj = self._parameter(CONV), self._parameter(PROJ)
+        targets = target_from_source(source, conv, proj, plan=plan, normalize=rule.normalize)
         if proj is None or self.tp_group.size() == 1:
             return targets
         return all_gather_last_dim_from_tensor_parallel_region(targets, group=self.tp_group)

@@ -13,9 +13,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_ttt.config.schema import ModelConfig, TargetSource
+from megatron_ttt.config.schema import ModelConfig
 from megatron_ttt.model.rope import inverse_frequencies
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.rule import TargetSource
 
 EXTRA_STATE = "_extra_state"
 

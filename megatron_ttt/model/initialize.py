@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import ModelConfig
+from megatron_ttt.rule import Start, added_start
 
 Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
 
@@ -48,18 +49,19 @@ def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
 def pretraining_draw(model: ModelConfig) -> Draw:
     """The start of training from scratch, and of the target generator in continued pretraining.
 
-    Norms 1, biases 0, the convolution 0 (so the model starts as the plain one), ``ttt_proj``
-    diagonal N(0, sigma^2), all else N(0, sigma^2), with projections back into the residual stream
-    divided by ``sqrt(2 * layers)``; sigma is ``initializer_range``.
+    Norms 1, biases 0, what the update rule adds as ``rule.py`` declares it (the model starts as the
+    plain one), all else N(0, sigma^2), with projections back into the residual stream divided by
+    ``sqrt(2 * layers)``; sigma is ``initializer_range``.
     """
     sigma = model.initializer_range
 
     def draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         if "norm" in name:
             return torch.ones(shape)
-        if name.endswith("bias") or "ttt_conv" in name:
+        start = added_start(name)
+        if name.endswith("bias") or start is Start.zeros:
             return torch.zeros(shape)
-        if "ttt_proj" in name:
+        if start is Start.diagonal:
             return torch.diag(torch.randn(shape[0], generator=generator) * sigma)
         scale = sigma
         if "linear_proj" in name or "linear_fc2" in name:

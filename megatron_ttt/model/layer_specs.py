@@ -27,8 +27,9 @@ from torch import Tensor
 from megatron_ttt.config.schema import AttentionBackend
 from megatron_ttt.model.attention import TorchAttention
 from megatron_ttt.model.bare_weight import BareDownProjection
-from megatron_ttt.model.fast_weight_mlp import FastWeightMLP, FastWeightSettings
+from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.norm import RMSNorm
+from megatron_ttt.rule import UpdateRule
 
 # Checkpoints name the norms as if they were fused into the linear layer behind them, as
 # Transformer Engine's spec does, so that both backends read each other's checkpoints.
@@ -87,7 +88,7 @@ def plain_layer_spec(backend: AttentionBackend, *, qk_norm: bool) -> ModuleSpec:
 def fast_weight_layer_spec(
     plain: ModuleSpec,
     backend: AttentionBackend,
-    settings: FastWeightSettings,
+    rule: UpdateRule,
     groups: ProcessGroupCollection,
 ) -> ModuleSpec:
     """The same layer with its MLP replaced.
@@ -102,7 +103,7 @@ def fast_weight_layer_spec(
         norm = TENorm
     mlp = ModuleSpec(
         module=FastWeightMLP,
-        params={"settings": settings, "groups": groups},
+        params={"rule": rule, "groups": groups},
         submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=BareDownProjection),
     )
     names = {
@@ -120,7 +121,7 @@ def decoder_block_spec(
     *,
     backend: AttentionBackend,
     fast_layers: frozenset[int],
-    settings: FastWeightSettings | None,
+    rule: UpdateRule | None,
     groups: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm.
@@ -129,7 +130,7 @@ def decoder_block_spec(
         config: Megatron's configuration of the whole model.
         backend: resolved attention backend.
         fast_layers: global indices, from 0, of the layers with fast weights.
-        settings: of those layers; ``None`` without any.
+        rule: of those layers; ``None`` without any.
         groups: process groups; ``pp`` decides which layers are ours.
     """
     plain = plain_layer_spec(backend, qk_norm=config.qk_layernorm)
@@ -142,8 +143,8 @@ def decoder_block_spec(
     first = get_transformer_layer_offset(config, None, stage)
     count = get_num_layers_to_build(config, None, stage)
     fast = None
-    if settings is not None:
-        fast = fast_weight_layer_spec(plain, backend, settings, groups)
+    if rule is not None:
+        fast = fast_weight_layer_spec(plain, backend, rule, groups)
     layers = [
         fast if fast is not None and index in fast_layers else plain
         for index in range(first, first + count)

@@ -64,11 +64,17 @@ class RememberedScan:
             return [False] * len(needed)
         return needed
 
-    def open(self, like_SBDF: Tensor, *, direction: Direction) -> PendingCarries:
+    def share_factors(self, factors_SB: Tensor) -> Tensor:
+        """See :class:`SpanExchange`; shared in both forwards, since the backward needs them."""
+        return self._exchange.share_factors(factors_SB)
+
+    def open(
+        self, like_SBDF: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> PendingCarries:
         """Begin the scan, or hand out the carries of the first forward."""
         if direction is Direction.FORWARD and self._known is not None:
             return _Kept(self._known)
-        pending = self._exchange.open(like_SBDF, direction=direction)
+        pending = self._exchange.open(like_SBDF, direction=direction, factors_SB=factors_SB)
         if direction is Direction.FORWARD and self._will_run_again:
             return _Keeping(pending, self._kept, self._layer)
         return pending

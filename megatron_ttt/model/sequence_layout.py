@@ -18,10 +18,12 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.upload import upload
+from megatron_ttt.fast_weights.write_rules import TokenInputs, Write
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_spans
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.parallel.scan import SpanExchange
 from megatron_ttt.parallel.scan_group import ScanGroup
+from megatron_ttt.rule import UpdateRule
 
 
 class ReadingSession(Protocol):
@@ -45,14 +47,11 @@ class ReadingSession(Protocol):
     def read_fast_weight(
         self,
         layer: int,
-        keys: Tensor,
-        source: Tensor,
+        tokens: TokenInputs,
         weight: Tensor,
-        *,
-        make_targets: Callable[[Tensor, ChunkPlan], Tensor],
-        reduce_sums: Callable[[Tensor], Tensor],
+        make_write: Callable[[TokenInputs, ChunkPlan, UpdateRule], Write],
     ) -> Tensor:
-        """Apply the rows' fast weights to ``Z [B, L, F]`` and write U ``[B, L, H]``: outputs."""
+        """Apply the rows' fast weights to the tokens and write them: outputs ``[B, L, H]``."""
         ...
 
     def select_hidden(self, hidden_states: Tensor) -> Tensor:

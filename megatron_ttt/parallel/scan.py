@@ -88,25 +88,43 @@ class SpanExchange:
         """By local span: whether the scan reads its summary (nobody needs the row's last)."""
         return self._route(direction).needs_summary(self.group.rank)
 
-    def start(self, summaries_SB: Tensor, *, direction: Direction) -> PendingScan:
+    def share_factors(self, factors_SB: Tensor) -> Tensor:
+        """Factors of all spans ``[all spans, B]``, in sequence order, on the factors' device.
+
+        Args:
+            factors_SB: of this rank's spans, in local memory order. Small; one message to all.
+        """
+        group = self.group
+        what = group.describe(None, self.label)
+        gathered = group.gather(factors_SB, device=factors_SB.device, what=what)
+        held = [spans_of_rank(rank, group.ranks, self.order) for rank in range(group.ranks)]
+        places = {span: (r, i) for r, spans in enumerate(held) for i, span in enumerate(spans)}
+        return torch.stack([gathered[r][i] for _, (r, i) in sorted(places.items())])
+
+    def start(
+        self, summaries_SB: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> PendingScan:
         """Begin the scan of this rank's ``[S, B, ...]`` summaries, in local memory order.
 
         The summaries are not to be written before ``wait`` has returned. Not recorded by autograd.
         """
-        pending = self.open(summaries_SB, direction=direction)
+        pending = self.open(summaries_SB, direction=direction, factors_SB=factors_SB)
         for span in self._order_of_use(direction):
             pending.provide(span, summaries_SB[span])
         return pending
 
-    def open(self, like_SB: Tensor, *, direction: Direction) -> PendingScan:
+    def open(
+        self, like_SB: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> PendingScan:
         """Begin before the summaries exist: each is handed in with ``provide`` when it does.
 
         ``like_SB`` gives shape ``[S, B, ...]``, dtype and device; its values are not read.
+        ``factors_SB``: those of all spans, from :meth:`share_factors`; they multiply the keeps.
 
         Raises ``ValueError`` where the shape does not fit order and keeps, or differs across ranks.
         """
         self._check_states(like_SB)
-        group, route = self.group, self._route(direction)
+        group, route = self.group, self._route(direction, factors_SB)
         algorithm, blocks = self._resolve(like_SB)
         record = ScanRecord(algorithm, direction, blocks)
         what = group.describe(algorithm, self.label)
@@ -140,11 +158,20 @@ class SpanExchange:
             what=what,
         )
 
-    def _route(self, direction: Direction) -> SpanRoute:
-        if direction not in self._routes:
-            self._routes[direction] = SpanRoute(
-                self._keeps_SB, ranks=self.group.ranks, order=self.order, direction=direction
+    def _route(self, direction: Direction, factors_SB: Tensor | None = None) -> SpanRoute:
+        def make() -> SpanRoute:
+            return SpanRoute(
+                self._keeps_SB,
+                ranks=self.group.ranks,
+                order=self.order,
+                direction=direction,
+                factors_SB=factors_SB,
             )
+
+        if factors_SB is not None:  # of one layer
+            return make()
+        if direction not in self._routes:
+            self._routes[direction] = make()
         return self._routes[direction]
 
     def _order_of_use(self, direction: Direction) -> Sequence[int]:

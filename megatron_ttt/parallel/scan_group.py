@@ -87,13 +87,16 @@ class ScanGroup:
         return self._watchdog
 
     def gather(self, values: Tensor, *, device: torch.device, what: str) -> list[Tensor]:
-        """Every rank's ``values`` (small, on the CPU, of equal shape) in rank order."""
+        """Every rank's ``values`` (small, of equal shape) in rank order, on their own device.
+
+        ``device``: of the group's messages; values on the CPU travel through it.
+        """
         if self.ranks == 1:
             return [values]
         if device.type == "cuda":
             gathered = torch.empty(self.ranks, *values.shape, dtype=values.dtype, device=device)
             dist.all_gather_into_tensor(gathered, values.to(device)[None], group=self.group)
-            return list(gathered.cpu())
+            return list(gathered.to(values.device))
         transport = self._tagged(GATHER_TAGS + self._gathers % TAGS, what)
         self._gathers += 1
         return gather_values(transport, values, rank=self.rank, ranks=self.ranks)

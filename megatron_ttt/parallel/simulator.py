@@ -128,15 +128,19 @@ def simulate(
     blocks: int = 1,
     nominal_bytes: float | None = None,
     trips: list[Trip] | None = None,
+    factors_SB: Tensor | None = None,
 ) -> Simulation:
     """The exclusive scan on ``len(states_PSB)`` simulated ranks.
 
     ``states_PSB``: each rank's summaries ``[S, B, ...]`` in memory order. ``all_keeps_SB``: every
-    span's keep in sequence order. ``nominal_bytes``: what one state (all its rows) is taken to
-    weigh by the clock; None: what it weighs. ``trips``: is given every message's journey.
+    span's keep in sequence order; ``factors_SB`` likewise, or None. ``nominal_bytes``: what one
+    state (all its rows) is taken to weigh by the clock; None: what it weighs. ``trips``: is given
+    every message's journey.
     """
     ranks = len(states_PSB)
-    route = SpanRoute(all_keeps_SB, ranks=ranks, order=order, direction=direction)
+    route = SpanRoute(
+        all_keeps_SB, ranks=ranks, order=order, direction=direction, factors_SB=factors_SB
+    )
     members = []
     for rank, states in enumerate(states_PSB):
         spans = LocalSpans(states, route, rank=rank, message_dtype=message_dtype, blocks=blocks)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank
 from megatron_ttt.parallel.scan_algorithms.problem import (
+    Keeps,
     Route,
     ScanProblem,
     make_route,
@@ -19,16 +20,35 @@ from megatron_ttt.parallel.scan_algorithms.problem import (
 
 
 class SpanRoute:
-    """The path of nodes with the spans of each node, in the order of the scan."""
+    """The path of nodes with the spans of each node, in the order of the scan.
+
+    Args:
+        keeps_SB: of all spans in sequence order, on the CPU.
+        ranks, order, direction: of the scan.
+        factors_SB: of all spans in sequence order, on the states' device; ``None``: all 1.
+    """
 
     def __init__(
-        self, keeps_SB: Tensor, *, ranks: int, order: SequenceOrder, direction: Direction
+        self,
+        keeps_SB: Tensor,
+        *,
+        ranks: int,
+        order: SequenceOrder,
+        direction: Direction,
+        factors_SB: Tensor | None = None,
     ) -> None:
         self.path = span_path(ranks, order, direction)
-        self.route: Route = make_route(keeps_SB, ranks=ranks, order=order, direction=direction)
-        self.keeps_SB = keeps_SB
+        self.route: Route = make_route(
+            keeps_SB, factors_SB, ranks=ranks, order=order, direction=direction
+        )
+        self.keeps_SB, self.factors_SB = keeps_SB, factors_SB
         self.ranks = ranks
         self.order = order
+
+    def span_keeps(self, span: int) -> Keeps:
+        """Keep of one span, counted in sequence order."""
+        factors_B = None if self.factors_SB is None else self.factors_SB[span]
+        return Keeps(self.keeps_SB[span].tolist(), factors_B)
 
     def local_nodes(self, rank: int) -> dict[int, list[int]]:
         """Nodes of ``rank``, each with its spans as memory indices, in the order of the scan."""
@@ -64,7 +84,7 @@ class LocalSpans:
         self._members = whole.local_nodes(rank)
         self._needed = whole.needs_summary(rank)
         self._span_keeps = [
-            whole.keeps_SB[span].tolist() for span in spans_of_rank(rank, whole.ranks, whole.order)
+            whole.span_keeps(span) for span in spans_of_rank(rank, whole.ranks, whole.order)
         ]
         self._given: dict[int, Tensor] = {}
         self.summaries: dict[int, Tensor] = {}

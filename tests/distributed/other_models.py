@@ -16,12 +16,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
-from megatron_ttt.config.schema import TargetSource
 from megatron_ttt.model.gpt import EXTRA_STATE, _JoinGradient, _MaskPadding
 from megatron_ttt.model.layer_specs import FastWeightTransformerLayer, torch_layer_spec
 from megatron_ttt.model.norm import RMSNorm
 from megatron_ttt.model.rope import inverse_frequencies
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.rule import TargetSource
 
 
 def angles(layout: SequenceLayout, frequencies: Tensor) -> Tensor:

@@ -113,6 +113,33 @@ def scan_with_gathered_keeps(rank: int, ranks: int, case: Case) -> Tensor:
     )
 
 
+def scan_with_factors(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, Tensor]]:
+    """Carries from the left and from the right; each rank knows its own factors only."""
+    group = ScanGroup(dist.group.WORLD)
+    results = []
+    for case in cases:
+        problem = make_problem(case, ranks)
+        held = spans_of_rank(rank, ranks, case.order)
+        exchange = SpanExchange(
+            problem.keeps_SB, order=case.order, group=group, algorithm=case.algorithm
+        )
+        factors_SB = exchange.share_factors(factors_of(problem)[held])
+        carries = [
+            exchange.start(states[held], direction=direction, factors_SB=factors_SB).wait()
+            for direction, states in (
+                (Direction.FORWARD, problem.states_SBM),
+                (Direction.REVERSE, problem.gradient_SBM),
+            )
+        ]
+        results.append((carries[0], carries[1]))
+    return results
+
+
+def factors_of(problem: Problem) -> Tensor:
+    """A factor in (0.5, 1.5) for every span and row, ``[S, B]`` in sequence order."""
+    return problem.states_SBM[..., 0].sigmoid() + 0.5
+
+
 def scan_on_subgroups(rank: int, ranks: int, case: Case) -> list[tuple[Tensor, Tensor]]:
     """Even and odd ranks scan apart, at the same time, with gradients."""
     groups = [dist.new_group(list(range(parity, ranks, 2))) for parity in range(2)]

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, CPOrder, Normalize, TargetSource
+from megatron_ttt.config.schema import Config, CPOrder
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import Normalize, TargetSource, WriteKind, WriteSettings
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer
 from megatron_ttt.training.step import ForwardStep
@@ -82,8 +83,10 @@ def whole_logits(reports: list[Any], number: int) -> Tensor:
                 "eta": 0.05,
             },
         ),
+        (1, {"write": WriteSettings(WriteKind.gated)}),
+        (2, {"cp": 2, "write": WriteSettings(WriteKind.bounded, 0.2)}),
     ],
-    ids=["one rank", "cp 2", "cp 4", "cp 2 contiguous", "input embeddings"],
+    ids=["one rank", "cp 2", "cp 4", "cp 2 contiguous", "input embeddings", "gated", "bounded"],
 )
 def test_no_earlier_logit_changes(
     pool: RankPool, ranks: int, layout: dict[str, Any], packed: bool

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, TargetSource, Toggle, TTTMode
+from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.evaluation.documents import TextRows
 from megatron_ttt.evaluation.perplexity import measure_losses
 from megatron_ttt.evaluation.subject import Source, Subject
 from megatron_ttt.inference.model_session import LogitsOf
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import TargetSource
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer
 from tests.distributed.training_runs import VOCABULARY, live_draw, redraw, tiny_config

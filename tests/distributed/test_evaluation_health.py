@@ -17,15 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import (
-    ClipConfig,
-    ClipMode,
-    Config,
-    Normalize,
-    TargetSource,
-    Toggle,
-    TTTMode,
-)
+from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.data.rows import Batch
 from megatron_ttt.evaluation.health import measure_health, run_health
@@ -36,13 +28,12 @@ from megatron_ttt.evaluation.report import print_report, write_report
 from megatron_ttt.evaluation.schema import HealthConfig
 from megatron_ttt.evaluation.subject import Source, Subject
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
-from megatron_ttt.fast_weights.scale import Clip
-from megatron_ttt.fast_weights.scale import Normalize as NormalizeKind
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.initialize import global_parameters, initialize
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.step import ForwardStep
 from tests.distributed.training_runs import global_batch, live_draw, tiny_config
@@ -63,7 +54,7 @@ def config_of(*, everything: bool = True, **layout: Any) -> Config:
             "normalize": Normalize.key_energy,
             "eta": 0.05,
         }
-        fast = {"decay": 0.8, "clip": ClipConfig(ClipMode.relative, 0.03)}
+        fast = {"decay": 0.8, "clip": Clip(ClipMode.relative, 0.03)}
     config = tiny_config(sequence_parallel=Toggle.off, **rule, **layout)
     return replace(config, ttt=replace(config.ttt, **fast))
 
@@ -167,7 +158,7 @@ def states_of(
         def look(mlp: FastWeightMLP, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             layout = kwargs["padding_mask"]
             inputs = args[0].transpose(0, 1)
-            pairs = mlp.keys_and_targets(args[0], layout)
+            pairs = mlp.keys_and_write(args[0], layout)
             for chunk, state in entering_states(mlp, *pairs, layout.plan, chunks):
                 expected = reference_state(mlp, inputs, layout.embeddings, batch, config, chunk)
                 seen.append((layout, mlp.layer, chunk, state.clone(), expected))
@@ -200,7 +191,6 @@ def reference_state(
     ttt, size = config.ttt, config.ttt.chunk_size
     gate, up = (inputs_BTD.double() @ mlp.linear_fc1.weight.double().T).chunk(2, dim=-1)
     source = inputs_BTD if embeddings_TBD is None else embeddings_TBD.transpose(0, 1)
-    normalize = NormalizeKind(ttt.normalize.value)
     read = slice(0, chunk * size)
     starts, padding = batch.document_starts_BT[:, read], batch.padding_BT[:, read]
     targets = reference_target(
@@ -210,19 +200,19 @@ def reference_state(
         chunk_size=size,
         document_starts=starts,
         padding=padding,
-        normalize=normalize,
+        normalize=ttt.normalize,
     )
     _, state = reference_fast_weight(
         (torch.nn.functional.silu(gate) * up)[:, read],
         targets,
         mlp.linear_fc2.weight.double(),
-        learning_rate=ttt.eta,
+        eta=ttt.eta,
         chunk_size=size,
         document_starts=starts,
         padding=padding,
         decay=ttt.decay,
-        clip=None if ttt.clip.mode is ClipMode.off else Clip(ttt.clip.bound),
-        normalize=normalize,
+        clip=ttt.clip,
+        normalize=ttt.normalize,
     )
     return state
 
@@ -244,7 +234,7 @@ def test_every_part_of_that_rule_changes_the_states(pool: RankPool) -> None:
     ((whole, *_), *_) = pool.run(states_of, config, [15], ranks=1)[0]
     for change in (
         {"decay": 1.0},
-        {"clip": ClipConfig()},
+        {"clip": Clip()},
         {"normalize": Normalize.none},
     ):
         other = replace(config, ttt=replace(config.ttt, **change))

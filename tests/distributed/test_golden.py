@@ -15,7 +15,8 @@ import megatron.core
 import pytest
 import torch
 
-from megatron_ttt.config.schema import ClipConfig, ClipMode, Config, Normalize, TargetSource
+from megatron_ttt.config.schema import Config
+from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource
 from tests.distributed.training_runs import RunReport, run_training, tiny_config
 from tests.pool import RankPool
 
@@ -30,7 +31,7 @@ def key_energy() -> Config:
     config = tiny_config(
         target=TargetSource.input_embeddings, normalize=Normalize.key_energy, eta=0.05
     )
-    clip = ClipConfig(mode=ClipMode.relative, bound=0.1)
+    clip = Clip(mode=ClipMode.relative, bound=0.1)
     return replace(config, ttt=replace(config.ttt, decay=0.9, clip=clip))
 
 

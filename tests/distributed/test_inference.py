@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, TargetSource, Toggle, TTTMode
+from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.inference.model_session import LogitsOf, ModelSession
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import TargetSource, WriteKind, WriteSettings
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import build_trainer
 from megatron_ttt.training.step import ForwardStep
@@ -19,6 +20,7 @@ from tests.distributed.training_runs import VOCABULARY, live_draw, redraw, tiny_
 from tests.pool import RankPool
 
 CHUNK = 8
+GATED = WriteSettings(WriteKind.gated)
 LENGTHS = (CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 LONGEST = max(LENGTHS)
 
@@ -127,6 +129,9 @@ def compare(rank: int, ranks: int, config: Config, dtype: torch.dtype) -> dict[s
         (1, torch.float64, {"eta": 0.01, "window": None, "tied": False}),
         (2, torch.float32, {"eta": 0.01}),
         (2, torch.float32, {"eta": 0.02, "target": TargetSource.input_embeddings}),
+        (1, torch.float64, {"eta": 0.01, "write": GATED}),
+        (2, torch.float32, {"eta": 0.02, "target": TargetSource.input_embeddings, "write": GATED}),
+        (1, torch.float64, {"eta": 0.01, "write": WriteSettings(WriteKind.bounded, 0.2)}),
     ],
 )
 def test_pieces_equal_the_whole(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import CommPrecision, Config, CPOrder, TargetSource, Toggle
+from megatron_ttt.config.schema import CommPrecision, Config, CPOrder, Toggle
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.inference import model_session
 from megatron_ttt.inference.backend import Turn
@@ -25,6 +25,7 @@ from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import initialize
 from megatron_ttt.parallel.cost import CPU_MACHINE, save_topology
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import TargetSource
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from tests.distributed.training_runs import VOCABULARY, live_draw, tiny_config
 from tests.pool import RankPool

@@ -17,17 +17,14 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import (
-    ClipConfig,
-    ClipMode,
     Config,
     CPOrder,
-    Normalize,
     Precision,
     Recompute,
     ScanAlgorithm,
-    TargetSource,
     Toggle,
 )
+from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource, WriteKind, WriteSettings
 from megatron_ttt.training.loop import Trainer
 from tests.distributed.training_runs import (
     Fault,
@@ -50,6 +47,11 @@ EMBEDDINGS = {
     "target": TargetSource.input_embeddings,
     "normalize": Normalize.key_energy,
     "eta": 0.05,
+}
+
+WRITES = {
+    "gated": WriteSettings(WriteKind.gated),
+    "bounded": WriteSettings(WriteKind.bounded, 0.25),
 }
 
 # What a layout is; the rest of a case says which model is trained.
@@ -187,8 +189,31 @@ def test_every_scan_algorithm_equals_one_rank(
     assert compare(pool, baselines, 4, contiguous, steps=3) == []
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        (4, {"tp": 2, "cp": 2}),
+        (4, {"cp": 4, **CONTIGUOUS, **FULL}),
+        (2, {"tp": 2, "sequence_parallel": Toggle.off, **EMBEDDINGS}),
+        (4, {"pp": 2, "cp": 2, **DENSE, **SELECTIVE}),
+    ],
+    ids=case_id,
+)
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_write_rules_equal_one_rank(
+    pool: RankPool,
+    baselines: Baselines,
+    write: WriteSettings,
+    case: tuple[int, dict[str, Any]],
+) -> None:
+    ranks, layout = case
+    if EMBEDDINGS.items() <= layout.items() and write.kind is WriteKind.bounded:
+        write = replace(write, bound=0.3)
+    assert compare(pool, baselines, ranks, {**layout, "write": write}, steps=3) == []
+
+
 def test_decay_and_clip_equal_one_rank(pool: RankPool, baselines: Baselines) -> None:
-    changes = {"decay": 0.9, "clip": ClipConfig(ClipMode.relative, 0.05), "eta": 0.02}
+    changes = {"decay": 0.9, "clip": Clip(ClipMode.relative, 0.05), "eta": 0.02}
     assert compare(pool, baselines, 4, {"tp": 2, "cp": 2, **changes}, steps=5) == []
 
 
@@ -255,10 +280,10 @@ def scan_backward_cut(trainer: Trainer) -> Iterator[None]:
         def wait(self) -> Tensor:
             return torch.zeros_like(self.like)
 
-    def cut(self: SpanExchange, like: Tensor, *, direction: Direction) -> Any:
+    def cut(self: SpanExchange, like: Tensor, *, direction: Direction, **factors: Any) -> Any:
         if direction is Direction.REVERSE:
             return Nothing(like)
-        return whole(self, like, direction=direction)
+        return whole(self, like, direction=direction, **factors)
 
     with mock.patch.object(SpanExchange, "open", cut):
         yield

@@ -18,8 +18,9 @@ from unittest import mock
 import pytest
 from megatron.core.distributed import param_and_grad_buffer
 
-from megatron_ttt.config.schema import Config, Normalize, Recompute, TargetSource, TTTMode
+from megatron_ttt.config.schema import Config, Recompute, TTTMode
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import Normalize, TargetSource
 from megatron_ttt.training.checkpoint_files import Progress, read_manifest, step_folder
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import model_parallel

@@ -15,12 +15,14 @@ from megatron_ttt.parallel.scan_algorithms import Algorithm
 from tests.distributed.scan_cases import (
     Case,
     count_traffic,
+    factors_of,
     make_problem,
     scan_and_gradient,
     scan_by_definition,
     scan_handed_in_late,
     scan_on_subgroups,
     scan_poisoned,
+    scan_with_factors,
     scan_with_gathered_keeps,
     scans_in_flight,
 )
@@ -47,6 +49,23 @@ def check_case(case: Case, per_rank: list[tuple[Tensor, Tensor]], tolerance: flo
         assert carries.dtype == gradient.dtype == case.state_dtype
         assert_close(carries, expected.detach()[held], tolerance)
         assert_close(gradient, states.grad[held], tolerance)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_keeps_that_depend_on_data(pool: RankPool, ranks: int) -> None:
+    """Factors are shared between ranks and multiply the keeps, in both directions."""
+    cases = [Case(order, algorithm, rows=3, elements=35) for order, algorithm in EVERY]
+    results = pool.run(scan_with_factors, cases, ranks=ranks)
+    for index, case in enumerate(cases):
+        problem = make_problem(case, ranks)
+        keeps_SB = problem.keeps_SB * factors_of(problem)
+        right = scan_by_definition(problem.states_SBM, keeps_SB)
+        left = scan_by_definition(problem.gradient_SBM, keeps_SB, Direction.REVERSE)
+        for rank in range(ranks):
+            held = spans_of_rank(rank, ranks, case.order)
+            found_right, found_left = results[rank][index]
+            assert_close(found_right, right[held], 1e-12)
+            assert_close(found_left, left[held], 1e-12)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

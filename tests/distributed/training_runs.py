@@ -18,12 +18,10 @@ from megatron_ttt.config.schema import (
     DataConfig,
     Family,
     ModelConfig,
-    Normalize,
     OptimizerConfig,
     ParallelConfig,
     Recompute,
     RunConfig,
-    TargetSource,
     Toggle,
     TokenizerConfig,
     TokenizerKind,
@@ -33,6 +31,7 @@ from megatron_ttt.config.schema import (
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.model.initialize import Draw, global_parameters, initialize, sharded_dim
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.rule import Normalize, TargetSource, WriteSettings
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import Trainer, build_trainer
 from megatron_ttt.training.step import update_ratios
@@ -54,6 +53,7 @@ def tiny_config(
     packed: bool = True,
     window: int | None = 24,
     tied: bool = True,
+    write: WriteSettings | None = None,
     **parallel: Any,
 ) -> Config:
     """Four layers, two of them fast, every size odd somewhere; 128 tokens in chunks of 8."""
@@ -74,7 +74,14 @@ def tiny_config(
             tied_embeddings=tied,
             sliding_window=window,
         ),
-        ttt=TTTConfig(layers=[0, 3], chunk_size=8, eta=eta, target=target, normalize=normalize),
+        ttt=TTTConfig(
+            layers=[0, 3],
+            chunk_size=8,
+            eta=eta,
+            target=target,
+            normalize=normalize,
+            write=write or WriteSettings(),
+        ),
         data=DataConfig(
             tokenizer=TokenizerConfig(kind=TokenizerKind.bytes),
             reset_attention=packed,
@@ -102,7 +109,7 @@ def live_draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> 
     values = torch.randn(shape, generator=generator)
     if "norm" in name:
         return 1 + 0.1 * values
-    if "ttt_conv" in name:
+    if "ttt_conv" in name or "ttt_gate" in name:
         return 0.5 * values
     if "ttt_proj" in name:
         return values / shape[0] ** 0.5

@@ -12,6 +12,7 @@ from megatron_ttt.fast_weights.accumulate import (
     choose_accumulator,
     wide_product,
 )
+from megatron_ttt.rule import UpdateRule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +59,7 @@ def test_bfloat16_scan_is_near_the_float64_scan() -> None:
     for results, dtype in ((found, torch.bfloat16), (expected, torch.float64)):
         leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
         output = fast_weight_linear(
-            *leaves, learning_rate=0.003, chunk_size=128, document_starts=starts
+            *leaves, rule=UpdateRule(eta=0.003, chunk_size=128), document_starts=starts
         )
         output.outputs_BTD.square().sum().backward()
         results += [output.outputs_BTD.detach(), output.state_BDF.detach()]

@@ -37,10 +37,6 @@ ATTENTION_BIAS: tuple[Rule, ...] = (
 # Megatron has a bias on the output projection only together with biases in the MLP.
 OUTPUT_BIAS = AlwaysZero("self_attn.o_proj.bias", "H")
 
-# Layers with fast weights; V = conv(U) @ ttt_proj.weight on both sides, so nothing is transposed.
-CONV = Copy("mlp.ttt_conv.weight", "mlp.ttt_conv.weight", "H15")
-PROJ = Copy("mlp.ttt_proj.weight", "mlp.ttt_proj.weight", "HH")
-
 # Outside the layers. With tied embeddings neither side stores OUTPUT.
 EMBEDDING = Copy("embedding.word_embeddings.weight", "model.embed_tokens.weight", "WH")
 FINAL_NORM = Copy("decoder.final_layernorm.weight", "model.norm.weight", "H")

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_ttt.parallel.scan_algorithms.problem import (
     Carries,
     Exchange,
+    Keeps,
     Message,
     Need,
     Program,
@@ -23,7 +24,7 @@ def doubling(problem: ScanProblem, summaries: Summaries, carries: Carries) -> Pr
     for node in route.senders(problem.rank):
         yield Need(node)
     windows: dict[int, Tensor] = {node: summaries[node] for node in route.senders(problem.rank)}
-    exclusive_keeps = {node: [1.0] * problem.rows for node in problem.nodes}
+    exclusive_keeps = {node: Keeps([1.0] * problem.rows) for node in problem.nodes}
     for level in range((route.nodes - 1).bit_length()):
         distance = 1 << level
         sends, receives, incoming = [], [], {}
@@ -38,7 +39,9 @@ def doubling(problem: ScanProblem, summaries: Summaries, carries: Carries) -> Pr
                 receives.append(Message(route.owners[source], incoming[node]))
         yield Exchange(sends, receives)
         for node, window in incoming.items():
-            _join(problem, node, level, window, windows, carries, exclusive_keeps[node])
+            exclusive_keeps[node] = _join(
+                problem, node, level, window, windows, carries, exclusive_keeps[node]
+            )
 
 
 def _join(
@@ -48,17 +51,19 @@ def _join(
     incoming: Tensor,
     windows: dict[int, Tensor],
     carries: Carries,
-    exclusive_keeps: list[float],
-) -> None:
-    """Put the window that ends ``2**level`` nodes earlier in front of this node's two windows."""
+    exclusive_keeps: Keeps,
+) -> Keeps:
+    """Put the window that ends ``2**level`` nodes earlier in front of this node's two windows.
+
+    Returns the keeps of the longer exclusive window.
+    """
     route, distance = problem.route, 1 << level
     if level == 0:
         carries[node].copy_(incoming)
     else:
         carry = carries[node]
         problem.combine(exclusive_keeps, incoming, carry, out=carry)
-    keeps = route.window_keeps(node - distance, level)
-    exclusive_keeps[:] = [k * keep for k, keep in zip(exclusive_keeps, keeps, strict=True)]
     if node + 2 * distance < route.nodes:  # still to be sent
         keeps = route.window_keeps(node, level)
         windows[node] = problem.combine(keeps, incoming, windows[node])
+    return exclusive_keeps.then(route.window_keeps(node - distance, level))

@@ -56,14 +56,36 @@ Carries = Mapping[int, Tensor]  # by node, flat [E], state dtype; filled by the 
 
 
 @dataclass(frozen=True)
+class Keeps:
+    """What one run of nodes keeps of the state that enters it, for each row.
+
+    ``host``: in [0, 1], known to every rank; 0 selects. ``factors_B``: positive, on the states'
+    device, where the write rule gives factors that depend on data; they multiply.
+    """
+
+    host: Sequence[float]
+    factors_B: Tensor | None = None
+
+    def then(self, later: "Keeps") -> "Keeps":
+        """The keeps of this run followed by ``later``."""
+        factors_B = self.factors_B
+        if factors_B is not None and later.factors_B is not None:
+            factors_B = factors_B * later.factors_B
+        host = [mine * theirs for mine, theirs in zip(self.host, later.host, strict=True)]
+        return Keeps(host, later.factors_B if factors_B is None else factors_B)
+
+
+@dataclass(frozen=True)
 class Route:
     """Who owns which node, and every node's keep; equal on all ranks.
 
-    ``keeps_NB``: float64 on the CPU, in [0, 1], in the order of the path.
+    ``keeps_NB``: float64 on the CPU, in [0, 1], in the order of the path. ``factors_NB``: see
+    :class:`Keeps`.
     """
 
     owners: tuple[int, ...]
     keeps_NB: Tensor
+    factors_NB: Tensor | None = None
 
     @property
     def nodes(self) -> int:
@@ -92,28 +114,24 @@ class Route:
         """Nodes of ``rank`` that something enters: all but the first of the path."""
         return self._receivers[rank]
 
-    @cached_property
-    def _keeps(self) -> list[list[float]]:
-        return self.keeps_NB.tolist()
-
-    def keeps(self, node: int) -> list[float]:
+    def keeps(self, node: int) -> Keeps:
         """Keep of ``node`` for each row."""
-        return self._keeps[node]
+        return self.window_keeps(node, 0)
 
     @cached_property
-    def _window_keeps(self) -> list[list[list[float]]]:
-        tables, keeps = [self.keeps_NB], self.keeps_NB
-        width = 1
-        while width < self.nodes:
-            keeps = keeps.clone()
-            keeps[width:] *= tables[-1][:-width]
-            tables.append(keeps)
-            width *= 2
-        return [table.tolist() for table in tables]
+    def _window_hosts(self) -> list[list[list[float]]]:
+        return [table.tolist() for table in _window_products(self.keeps_NB)]
 
-    def window_keeps(self, node: int, level: int) -> list[float]:
+    @cached_property
+    def _window_factors(self) -> list[Tensor] | None:
+        return None if self.factors_NB is None else _window_products(self.factors_NB)
+
+    def window_keeps(self, node: int, level: int) -> Keeps:
         """Product of the keeps of the ``2**level`` nodes that end with ``node`` (or all before)."""
-        return self._window_keeps[level][node]
+        factors = self._window_factors
+        return Keeps(
+            self._window_hosts[level][node], None if factors is None else factors[level][node]
+        )
 
 
 @dataclass
@@ -145,7 +163,7 @@ class ScanProblem:
 
     def combine(
         self,
-        keeps: Sequence[float],
+        keeps: Keeps,
         earlier: Tensor,
         later: Tensor,
         *,
@@ -158,15 +176,17 @@ class ScanProblem:
         ``out`` may be ``earlier`` or ``later``; without it the result may *be* ``later``.
         """
         self.combined_elements += later.numel()
-        if all(keep == keeps[0] for keep in keeps):
-            return _combine(keeps[0], earlier, later, out)
+        host, factors_B = keeps.host, keeps.factors_B
+        if factors_B is None and all(keep == host[0] for keep in host):
+            return _combine(host[0], None, earlier, later, out)
         if out is None:
             out = torch.empty_like(later)
         size = self.elements // self.rows
         end = begin + later.numel()
         for row in range(begin // size, -(-end // size)):
             part = slice(max(begin, row * size) - begin, min(end, (row + 1) * size) - begin)
-            _combine(keeps[row], earlier[part], later[part], out[part])
+            factor = None if factors_B is None else factors_B[row]
+            _combine(host[row], factor, earlier[part], later[part], out[part])
         return out
 
     def message(self, state: Tensor) -> Tensor:
@@ -195,13 +215,26 @@ class ScanProblem:
         return [Message(peer, buffer) for (peer, count), buffer in pairs if count]
 
 
-def _combine(keep: float, earlier: Tensor, later: Tensor, out: Tensor | None) -> Tensor:
+def _window_products(values_NB: Tensor) -> list[Tensor]:
+    """By level, the product over the ``2**level`` rows that end with each (or all before it)."""
+    tables, width = [values_NB], 1
+    while width < values_NB.shape[0]:
+        products = tables[-1].clone()
+        products[width:] *= tables[-1][:-width]
+        tables.append(products)
+        width *= 2
+    return tables
+
+
+def _combine(
+    keep: float, factor: Tensor | None, earlier: Tensor, later: Tensor, out: Tensor | None
+) -> Tensor:
     if keep == 0.0:
         return later if out is None else out.copy_(later)
     if earlier.dtype != later.dtype:
         earlier = earlier.to(later.dtype)
-    if out is None:
-        return torch.add(later, earlier, alpha=keep)
+    if factor is not None:
+        return torch.addcmul(later, earlier, factor.to(later.dtype), value=keep, out=out)
     return torch.add(later, earlier, alpha=keep, out=out)
 
 
@@ -221,13 +254,22 @@ def span_path(ranks: int, order: SequenceOrder, direction: Direction) -> list[li
 
 
 def make_route(
-    keeps_SB: Tensor, *, ranks: int, order: SequenceOrder, direction: Direction
+    keeps_SB: Tensor,
+    factors_SB: Tensor | None,
+    *,
+    ranks: int,
+    order: SequenceOrder,
+    direction: Direction,
 ) -> Route:
-    """The path of nodes with their keeps, from every span's keep in sequence order."""
+    """The path of nodes with their keeps, from those of every span in sequence order."""
     path = span_path(ranks, order, direction)
-    keeps_NB = torch.stack([keeps_SB[node].prod(dim=0) for node in path])
+
+    def of_nodes(values_SB: Tensor) -> Tensor:
+        # Spans by slices of one tensor: an index of integers would be uploaded.
+        return torch.stack([torch.stack([values_SB[s] for s in node]).prod(dim=0) for node in path])
+
     owners = tuple(rank_of_span(node[0], ranks, order) for node in path)
-    return Route(owners, keeps_NB)
+    return Route(owners, of_nodes(keeps_SB), None if factors_SB is None else of_nodes(factors_SB))
 
 
 def split(elements: int, parts: int) -> list[tuple[int, int]]:

@@ -13,13 +13,12 @@ from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
     DataSource,
-    Normalize,
     RopeScaling,
-    TargetSource,
     TokenizerKind,
     TTTMode,
 )
 from megatron_ttt.config.validate import validate
+from megatron_ttt.rule import Normalize, TargetSource
 from megatron_ttt.training.schedule import lr_schedule
 from tests.unit.config.compose import configured
 

@@ -29,6 +29,7 @@ from tests.unit.config.compose import configured
 IDLE = {
     "ttt.mode": "ttt=off",
     "ttt.clip.mode": "ttt.clip.mode=off",
+    "ttt.write.kind": "ttt.write.kind=plain",
     "parallel.cp": "parallel.cp=1",
     "parallel.tp": "parallel.tp=1",
     "parallel.scan": "parallel.scan=ring",
@@ -48,7 +49,8 @@ OF_ONE_KEY = {"data.changed": "run.resume=never"}  # where another key's word wo
 # Words under which every condition holds, and every value is there.
 ACTIVE = [
     "+model=qwen3_4b", "data=files", "data.path=corpus", "ttt.layers=[0]", "parallel.cp=2",
-    "ttt.clip.mode=relative", "parallel.tp=2", "parallel.scan=auto", "parallel.scan_constants=f",
+    "ttt.clip.mode=relative", "ttt.write.kind=bounded", "parallel.tp=2", "parallel.scan=auto",
+    "parallel.scan_constants=f",
     "model.attention=transformer_engine", "data.tokenizer.kind=huggingface", "run.dry_run=true",
     "data.tokenizer.name=t", "optimizer.schedule=cosine", "optimizer.warmup_steps=null",
     "train.recompute=selective", "run.resume=auto", "checkpoint.load=x", "checkpoint.keep_last=2",

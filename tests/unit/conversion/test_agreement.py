@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import ClipConfig, ClipMode, Config, Normalize, TTTConfig, TTTMode
+from megatron_ttt.config.schema import Config, TTTConfig, TTTMode
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.manifest import check_start
+from megatron_ttt.rule import Clip, ClipMode, Normalize
 from tests.unit.config.compose import configured
 
 TRAINED = TTTConfig(layers=[0, 6], eta=3.0, chunk_size=4096)
@@ -48,7 +49,7 @@ def test_the_sentences_name_both_values() -> None:
         "ttt.eta=0.3: the checkpoint was trained with 3.0 (here); give ttt.eta=3.0, or ttt.eta=0.3"
         " to change the update rule"
     )
-    clipped = replace(TRAINED, clip=ClipConfig(ClipMode.relative, 0.1))
+    clipped = replace(TRAINED, clip=Clip(ClipMode.relative, 0.1))
     assert compared(clipped, "ttt.clip") == [
         "notice: ttt.clip.mode=relative, the checkpoint was trained with off (here)",
         "notice: ttt.clip.bound=0.1, the checkpoint was trained with null (here)",
@@ -57,7 +58,7 @@ def test_the_sentences_name_both_values() -> None:
 
 def test_what_means_the_same_is_the_same() -> None:
     assert compared(replace(TRAINED, layers=None)) == []  # every sixth of twelve
-    assert compared(replace(TRAINED, clip=ClipConfig(ClipMode.off, 5.0))) == []
+    assert compared(replace(TRAINED, clip=Clip(ClipMode.off, 5.0))) == []
     assert compared(replace(CHANGES["ttt.eta"], mode=TTTMode.off)) == []  # the baseline
     assert compared(TRAINED, trained=TTTConfig(mode=TTTMode.off)) == []
 

@@ -197,7 +197,7 @@ def theirs(config: dict[str, Any]) -> dict[str, Any] | None:
 
 def ours(model: ModelConfig) -> dict[str, Any]:
     """The same of our reading."""
-    mapping = build_mapping(model, TargetGenerator((), conv=False, proj=False))
+    mapping = build_mapping(model, TargetGenerator(()))
     place = torch.arange(LENGTH)
     back = place[:, None] - place[None]
     mask = (back >= 0) & (back < (model.sliding_window or LENGTH))

@@ -18,12 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import ClipConfig, ClipMode, Normalize, TTTConfig
+from megatron_ttt.config.schema import TTTConfig
 from megatron_ttt.conversion.exporting import Style
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.manifest import described_model
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.source import MegatronView, described_ttt
+from megatron_ttt.rule import TARGET_PARAMETERS, Clip, ClipMode, Normalize
 from tests.unit.conversion.folders import (
     QWEN3,
     assert_equal_tensors,
@@ -205,7 +206,7 @@ def test_fast_weights_that_nothing_describes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--ttt-chunk"):
         view(tmp_path / "hf")
     target, ttt = described_ttt(folder, layers=None, chunk_size=16, eta=0.5)
-    assert (target.layers, target.conv, target.proj) == ((1,), True, True)
+    assert (target.layers, target.parameters) == ((1,), TARGET_PARAMETERS)
     assert (ttt.layers, ttt.chunk_size, ttt.eta) == ([1], 16, 0.5)
     import_folder(tmp_path / "hf", tmp_path / "megatron", ttt=ttt)
     assert_equal_tensors(export_folder(tmp_path / "megatron", tmp_path / "back"), tensors)
@@ -255,7 +256,7 @@ def test_fast_weights_are_never_left_out_in_silence(tmp_path: Path) -> None:
     [
         ({"normalize": Normalize.key_energy}, "ttt.normalize=key_energy"),
         ({"decay": 0.9}, "ttt.decay=0.9"),
-        ({"clip": ClipConfig(ClipMode.relative, 0.2)}, "ttt.clip.mode=relative"),
+        ({"clip": Clip(ClipMode.relative, 0.2)}, "ttt.clip.mode=relative"),
     ],
 )
 def test_the_reference_style_refuses_what_it_cannot_say(

@@ -9,19 +9,12 @@ import pytest
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.load import CONFIG_DIR, load_config
 from megatron_ttt.config.overrides import group_options
-from megatron_ttt.config.schema import (
-    ClipConfig,
-    ClipMode,
-    Normalize,
-    RopeConfig,
-    RopeScaling,
-    TargetSource,
-    TTTConfig,
-)
+from megatron_ttt.config.schema import RopeConfig, RopeScaling, TTTConfig
 from megatron_ttt.conversion.hf_config import check_agreement, hf_from_model, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.source import described_ttt
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
+from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource
 from tests.unit.conversion.folders import QWEN3, write_hf
 
 
@@ -172,7 +165,7 @@ def test_fast_weights_survive_the_round_trip() -> None:
         normalize=Normalize.key_energy,
         target=TargetSource.input_embeddings,
         decay=0.9,
-        clip=ClipConfig(ClipMode.relative, 0.2),
+        clip=Clip(ClipMode.relative, 0.2),
     )
     assert ttt_from_hf(hf_from_ttt(ttt, layers=4), layers=4, where="here") == ttt
 

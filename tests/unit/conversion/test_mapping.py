@@ -8,9 +8,10 @@ from megatron_ttt.conversion.families import FAMILIES
 from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.mapping import TargetGenerator, build_mapping
 from megatron_ttt.conversion.rules import InterleavedQKV, Run, TensorMap
+from megatron_ttt.rule import TARGET_PARAMETERS
 from tests.unit.conversion.folders import QWEN3
 
-BOTH = TargetGenerator((0, 1), conv=True, proj=True)
+BOTH = TargetGenerator((0, 1), TARGET_PARAMETERS)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -59,6 +60,6 @@ def test_select_rows_cuts_runs() -> None:
 
 def test_tied_models_store_the_embedding_once() -> None:
     model = model_from_hf({**QWEN3, "tie_word_embeddings": True}, name="m", where="m")
-    mapping = build_mapping(model, TargetGenerator((), conv=False, proj=False))
+    mapping = build_mapping(model, TargetGenerator(()))
     assert "lm_head.weight" not in mapping.hf_shapes()
     assert "output_layer.weight" not in {tensor.megatron for tensor in mapping.tensors}

@@ -10,6 +10,7 @@ import torch
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import TTTConfig
 from megatron_ttt.conversion.difference import differences
+from megatron_ttt.conversion.exporting import Style
 from megatron_ttt.conversion.importing import CONTENT
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.training.checkpoint import METADATA
@@ -46,15 +47,22 @@ def test_equal_bits(config: dict[str, Any], files: int, tmp_path: Path) -> None:
     assert list(differences(tmp_path / "hf", tmp_path / "megatron")) == []
 
 
-def test_checkpoints_of_the_reference_implementation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", ["plain", "gated", "bounded"])
+def test_checkpoints_with_fast_weights(write: str, tmp_path: Path) -> None:
+    """Those of the reference implementation, and those of the other write rules."""
     config = {**QWEN3, "ttt_mode": True, "ttt_layers": [1], "ttt_lr": 0.5, "ttt_chunk": 16}
+    style = Style.reference
+    if write != "plain":  # which the reference implementation does not know
+        style = Style.package
+        config |= {"model_type": "qwen3_ttt", "ttt_write": write, "ttt_write_bound": 0.2}
     tensors = write_hf(tmp_path / "hf", config)
+    gate = {"ttt_gate", "ttt_gate_bias"} if write == "gated" else set()
     assert {name for name in tensors if "ttt" in name} == {
-        "model.layers.1.mlp.ttt_conv.weight",
-        "model.layers.1.mlp.ttt_proj.weight",
+        f"model.layers.1.mlp.{part}.weight" for part in {"ttt_conv", "ttt_proj"} | gate
     }
     import_folder(tmp_path / "hf", tmp_path / "megatron")
-    assert_equal_tensors(export_folder(tmp_path / "megatron", tmp_path / "back"), tensors)
+    back = export_folder(tmp_path / "megatron", tmp_path / "back", style=style)
+    assert_equal_tensors(back, tensors)
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {key: written[key] for key in config} == config
 

@@ -92,15 +92,15 @@ def test_rows_without_writes_or_readers_have_no_figure() -> None:
     keys, targets, weight, state = draw(1, 8, 7), draw(1, 8, 5), draw(5, 7), draw(1, 5, 7)
     nobody = torch.zeros(1, 8, dtype=torch.bool)
     assert mean_key_share(keys, targets, nobody, reduce_sums=whole).isnan().all()
-    heard = output_ratio(state, keys, nobody, weight, learning_rate=0.3, reduce_sums=whole)
+    heard = output_ratio(state, keys, nobody, weight, eta=0.3, reduce_sums=whole)
     assert heard.isnan().all()
 
 
 def test_ratios_by_their_definition() -> None:
     keys, weight, state = draw(2, 8, 7), draw(5, 7, seed=1), draw(2, 5, 7, seed=2)
     reads = torch.tensor([[True] * 8, [True] * 3 + [False] * 5])
-    ratio = update_ratio(state, weight, learning_rate=-0.3, reduce_sums=whole)
-    heard = output_ratio(state, keys, reads, weight, learning_rate=-0.3, reduce_sums=whole)
+    ratio = update_ratio(state, weight, eta=-0.3, reduce_sums=whole)
+    heard = output_ratio(state, keys, reads, weight, eta=-0.3, reduce_sums=whole)
     for row in range(2):
         z = keys[row, reads[row]]
         assert ratio[row] == pytest.approx(float(0.3 * state[row].norm() / weight.norm()))

@@ -9,7 +9,7 @@ Shape suffixes: B batch rows, T tokens, D hidden, F ffn.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -19,17 +19,34 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import (
     CarryExchange,
-    Clip,
-    ClipMode,
+    ChunkPlan,
     Direction,
-    Normalize,
-    fast_weight_spans,
+    TokenInputs,
+    Write,
+    WriteCall,
+    fast_weight_scan,
     plan_chunks,
     target_from_source,
+    write,
 )
-from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
+from megatron_ttt.fast_weights.reference import (
+    reference_fast_weight,
+    reference_gate,
+    reference_target,
+)
+from megatron_ttt.rule import (
+    GATE,
+    GATE_BIAS,
+    Clip,
+    ClipMode,
+    Normalize,
+    UpdateRule,
+    WriteKind,
+    WriteSettings,
+)
 
-GRADIENTS = ("keys", "source", "conv", "proj", "weight", "carry")
+GATE_GRADIENTS = ("hidden", "gate", "gate_bias")
+GRADIENTS = ("keys", "source", "conv", "proj", "weight", "carry", "write_keys", *GATE_GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -44,9 +61,12 @@ class Case:
     starts: tuple[tuple[int, ...], ...] = ()  # per row: tokens on which a document starts
     padding: tuple[tuple[int, ...], ...] = ()  # per row: padding tokens
     decay: float = 1.0
-    clip: Clip | None = None
-    normalize: Normalize = Normalize.NONE
+    clip: Clip = field(default_factory=Clip)
+    normalize: Normalize = Normalize.none
     has_carry: bool = False
+    has_write_keys: bool = False  # writes go under keys of their own
+    has_factors: bool = False  # keeps depend on data: a random factor per row and chunk
+    write: WriteSettings = field(default_factory=WriteSettings)
     uses_state: bool = True  # a gradient flows into the returned state
     update_ratio: float = 0.1  # 0: a rate of zero
     seed: int = 0
@@ -82,15 +102,45 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         "carry": draw(case.batch, case.hidden, case.ffn),
         "d_outputs": draw(case.batch, case.length, case.hidden),
         "d_state": draw(case.batch, case.hidden, case.ffn),
+        "write_keys": draw(case.batch, case.length, case.ffn),
+        "factors": _factors(case, draw),
+        "hidden": draw(case.batch, case.length, case.hidden),
+        "gate": draw(case.hidden) / 2,
+        "gate_bias": draw(1) / 2,
     }
 
 
-def learning_rate(case: Case) -> float:
+def _factors(case: Case, draw: Callable[..., Tensor]) -> Tensor:
+    """A factor in (0.5, 1) for each chunk that writes, else 1: ``[B, N]``."""
+    plan = plan_chunks(
+        case.mask(case.starts),
+        batch=case.batch,
+        length=case.length,
+        chunk_size=case.chunk_size,
+        padding_BT=case.mask(case.padding),
+        device="cpu",
+    )
+    factors = draw(case.batch, plan.chunks).sigmoid() / 2 + 0.5
+    return torch.where(plan.sum_chunks(plan.writes_BT.long()) > 0, factors, 1.0)
+
+
+def update_rule(case: Case) -> UpdateRule:
+    return UpdateRule(
+        chunk_size=case.chunk_size,
+        eta=eta_of(case),
+        decay=case.decay,
+        clip=case.clip,
+        normalize=case.normalize,
+        write=case.write,
+    )
+
+
+def eta_of(case: Case) -> float:
     """The rate at which everything the row could write is ``update_ratio`` of ``W0``."""
     tensors = inputs(case)
     summary = torch.einsum("btd,btf->bdf", tensors["source"] @ tensors["proj"], tensors["keys"])
     rate = case.update_ratio * tensors["weight"].norm() / summary[0].norm()
-    if case.normalize is Normalize.KEY_ENERGY:
+    if case.normalize is Normalize.key_energy:
         rate = rate * tensors["keys"].square().sum(dim=2).mean()
     return float(rate)
 
@@ -102,7 +152,12 @@ def differentiate(
     if case.uses_state:
         # Weighed by the rate so that no term drowns the others.
         loss = loss + case.update_ratio * (state * tensors["d_state"]).sum()
-    wanted = [name for name in GRADIENTS if case.has_carry or name != "carry"]
+    absent = {
+        "carry": not case.has_carry,
+        "write_keys": not case.has_write_keys,
+        **dict.fromkeys(GATE_GRADIENTS, case.write.kind is not WriteKind.gated),
+    }
+    wanted = [name for name in GRADIENTS if not absent.get(name, False)]
     gradients = torch.autograd.grad(loss, [tensors[name] for name in wanted], allow_unused=True)
     return Solution(
         outputs.detach(),
@@ -130,14 +185,20 @@ def solve_reference(case: Case) -> Solution:
         "normalize": case.normalize,
     }
     targets = reference_target(tensors["source"], tensors["conv"], tensors["proj"], **layout)
+    if case.write.kind is WriteKind.gated:
+        gate = reference_gate(tensors["hidden"], tensors["gate"], tensors["gate_bias"])
+        targets = targets * gate[..., None]
     outputs, state = reference_fast_weight(
         tensors["keys"],
         targets,
         tensors["weight"],
-        learning_rate=learning_rate(case),
+        eta=eta_of(case),
         carry_BDF=tensors["carry"] if case.has_carry else None,
         decay=case.decay,
         clip=case.clip,
+        write_keys_BTF=tensors["write_keys"] if case.has_write_keys else None,
+        factors_BN=tensors["factors"] if case.has_factors else None,
+        bound=case.write.bound if case.write.kind is WriteKind.bounded else None,
         **layout,
     )
     return differentiate(case, tensors, outputs, state)
@@ -176,19 +237,30 @@ def solve_chunked(
     targets = target_from_source(
         source, tensors["conv"], tensors["proj"], plan=plan, normalize=case.normalize
     )
-    output = fast_weight_spans(
+    output = fast_weight_scan(
         keys,
-        targets,
+        _write(case, tensors, keys, targets, plan),
         tensors["weight"],
         plan=plan,
-        learning_rate=learning_rate(case),
+        eta=eta_of(case),
         spans=spans,
         exchange=exchange(plan.span_keeps(spans)) if exchange else None,
         carry_BDF=tensors["carry"] if case.has_carry else None,
-        clip=case.clip,
-        normalize=case.normalize,
     )
     return differentiate(case, tensors, output.outputs_BTD, output.state_BDF)
+
+
+def _write(
+    case: Case, tensors: dict[str, Tensor], keys: Tensor, targets: Tensor, plan: ChunkPlan
+) -> Write:
+    """What the case's rule writes, under other keys and with other factors where it has them."""
+    write_keys = tensors["write_keys"] if case.has_write_keys else keys
+    own = {GATE: tensors["gate"], GATE_BIAS: tensors["gate_bias"]}
+    call = WriteCall(update_rule(case), plan, tensors["weight"], own)
+    written = write(TokenInputs(write_keys, targets, tensors["hidden"]), targets, call)
+    if case.has_factors:
+        written = replace(written, factors_BN=tensors["factors"])
+    return replace(written, keys_BTF=write_keys if case.has_write_keys else None)
 
 
 def assert_close(found: Solution, expected: Solution, *, tolerance: float) -> None:
@@ -211,15 +283,24 @@ class Collecting:
     What is not handed in stays NaN, so a scan that reads it anyway is seen.
     """
 
-    def __init__(self, exchange: Any, like_SBDF: Tensor, direction: Direction) -> None:
-        self.exchange, self.direction = exchange, direction
+    def __init__(
+        self,
+        exchange: Any,
+        like_SBDF: Tensor,
+        direction: Direction,
+        factors_SB: Tensor | None = None,
+    ) -> None:
+        self.exchange, self.direction, self.factors_SB = exchange, direction, factors_SB
         self.summaries_SBDF = torch.full_like(like_SBDF, torch.nan)
 
     def provide(self, span: int, summary_BDF: Tensor) -> None:
         self.summaries_SBDF[span] = summary_BDF
 
     def wait(self) -> Tensor:
-        carries: Tensor = self.exchange.start(self.summaries_SBDF, direction=self.direction).wait()
+        factors = {} if self.factors_SB is None else {"factors_SB": self.factors_SB}
+        carries: Tensor = self.exchange.start(
+            self.summaries_SBDF, direction=self.direction, **factors
+        ).wait()
         return carries
 
 
@@ -233,16 +314,24 @@ class SpansInOrder:
         last = len(self.keeps_SB) - 1 if direction is Direction.FORWARD else 0
         return [span != last for span in range(len(self.keeps_SB))]
 
-    def open(self, like_SBDF: Tensor, *, direction: Direction) -> Collecting:
-        return Collecting(self, like_SBDF, direction)
+    def share_factors(self, factors_SB: Tensor) -> Tensor:
+        return factors_SB  # all spans lie here
 
-    def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> SpansInOrder:
+    def open(
+        self, like_SBDF: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> Collecting:
+        return Collecting(self, like_SBDF, direction, factors_SB)
+
+    def start(
+        self, summaries_SBDF: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> SpansInOrder:
+        keeps_SB = self.keeps_SB if factors_SB is None else self.keeps_SB * factors_SB
         spans = list(range(len(summaries_SBDF)))
         if direction is Direction.REVERSE:
             spans.reverse()
         self.carries_SBDF = torch.zeros_like(summaries_SBDF)
         for left, right in pairwise(spans):
-            keep_B = self.keeps_SB[left].to(summaries_SBDF.dtype)[:, None, None]
+            keep_B = keeps_SB[left].to(summaries_SBDF.dtype)[:, None, None]
             kept_BDF = torch.where(keep_B == 0, 0.0, keep_B * self.carries_SBDF[left])
             self.carries_SBDF[right] = kept_BDF + summaries_SBDF[left]
         return self
@@ -272,7 +361,10 @@ def cases(draw: st.DrawFn, *, whole_spans: int | None = None) -> Case:
         st.lists(places, max_size=4, unique=True).map(tuple),
     )
     rows = {"min_size": batch, "max_size": batch}
-    clips = [Clip(0.01), Clip(0.03), Clip(0.1, ClipMode.ABSOLUTE)]
+    kinds = st.sampled_from([WriteKind.plain, *WriteKind])
+    write = WriteSettings(draw(kinds), draw(st.sampled_from([0.05, 0.3])))
+    off, relative, absolute = ClipMode
+    clips = [Clip(relative, 0.01), Clip(relative, 0.03), Clip(absolute, 0.1)]
     return Case(
         batch=batch,
         length=length,
@@ -282,9 +374,12 @@ def cases(draw: st.DrawFn, *, whole_spans: int | None = None) -> Case:
         starts=draw(st.one_of(st.just(()), st.lists(starts, **rows).map(tuple))),
         padding=draw(st.one_of(st.just(()), st.lists(padding, **rows).map(tuple))),
         decay=draw(st.sampled_from([1.0, 1.0, 0.8])),
-        clip=draw(st.sampled_from([None, None, *clips])),
+        clip=draw(st.sampled_from([Clip(off), Clip(off), *clips])),
         normalize=draw(st.sampled_from(list(Normalize))),
         has_carry=draw(st.booleans()),
+        has_write_keys=draw(st.booleans()),
+        has_factors=write.kind is WriteKind.plain and draw(st.booleans()),
+        write=write,
         uses_state=draw(st.booleans()),
         update_ratio=draw(st.sampled_from([0.05, 0.1, 0.3, 0.3, 0.0])),
         seed=draw(st.integers(0, 1000)),

@@ -63,15 +63,25 @@ class ThreadedExchange:
         of_row = self.row.needs_summary(direction)
         return [of_row[span] for span in self.held[self.rank]]
 
-    def open(self, like_SBDF: Tensor, *, direction: Direction) -> Collecting:
-        return Collecting(self, like_SBDF, direction)
+    def share_factors(self, factors_SB: Tensor) -> Tensor:
+        return self._whole_row(factors_SB)
 
-    def start(self, summaries_SBDF: Tensor, *, direction: Direction) -> ThreadedExchange:
-        gathered = self.ranks.gather(self.rank, summaries_SBDF)
-        place = {span: (r, i) for r, spans in enumerate(self.held) for i, span in enumerate(spans)}
-        whole = torch.stack([gathered[place[s][0]][place[s][1]] for s in sorted(place)])
-        self.row.start(whole, direction=direction)
+    def open(
+        self, like_SBDF: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> Collecting:
+        return Collecting(self, like_SBDF, direction, factors_SB)
+
+    def start(
+        self, summaries_SBDF: Tensor, *, direction: Direction, factors_SB: Tensor | None = None
+    ) -> ThreadedExchange:
+        whole = self._whole_row(summaries_SBDF)
+        self.row.start(whole, direction=direction, factors_SB=factors_SB)
         return self
+
+    def _whole_row(self, local: Tensor) -> Tensor:
+        gathered = self.ranks.gather(self.rank, local)
+        place = {span: (r, i) for r, spans in enumerate(self.held) for i, span in enumerate(spans)}
+        return torch.stack([gathered[place[s][0]][place[s][1]] for s in sorted(place)])
 
     def wait(self) -> Tensor:
         return self.row.wait()[list(self.held[self.rank])]

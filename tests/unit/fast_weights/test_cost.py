@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_ttt.fast_weights import fast_weight_spans, plan_chunks
+from megatron_ttt.fast_weights import Write, fast_weight_scan, plan_chunks
 from tests.unit.fast_weights.cases import SpansInOrder
 
 CHUNK, CHUNKS, HIDDEN, FFN = 8, 32, 16, 24
@@ -29,12 +29,12 @@ def units(*, spans: int, decay: float, uses_state: bool) -> tuple[float, float]:
     weight = torch.randn(HIDDEN, FFN, requires_grad=True)
     counted = {torch.ops.aten.baddbmm_: product_flops}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:
-        output = fast_weight_spans(
+        output = fast_weight_scan(
             keys,
-            targets,
+            Write(targets),
             weight,
             plan=plan,
-            learning_rate=0.1,
+            eta=0.1,
             spans=spans,
             exchange=SpansInOrder(plan.span_keeps(spans)) if spans > 1 else None,
         )

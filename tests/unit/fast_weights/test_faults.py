@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.unit.fast_weights.cases import (
 )
 
 Patch = pytest.MonkeyPatch
-KEYS, TARGETS, WEIGHT, CARRY = range(4)
+KEYS, TARGETS, WRITE_KEYS, WEIGHT, CARRY = range(5)
 
 
 def change_gradient(place: int, factor: float) -> Callable[[Patch], None]:
@@ -59,7 +60,7 @@ def cut_reverse_scan(patch: Patch) -> None:
 
 
 def ignore_keeps(patch: Patch) -> None:
-    patch.setattr(sweeps, "_keep_rows", lambda *_: None)
+    patch.setattr(sweeps.ScanCall, "keep_rows", lambda *_: None)
 
 
 def ignore_document_edges_in_the_conv(patch: Patch) -> None:
@@ -69,8 +70,10 @@ def ignore_document_edges_in_the_conv(patch: Patch) -> None:
 def drop_reverse_exchange(patch: Patch) -> None:
     right = SpansInOrder.start
 
-    def wrong(self: SpansInOrder, summaries: Tensor, *, direction: sweeps.Direction) -> Any:
-        pending = right(self, summaries, direction=direction)
+    def wrong(
+        self: SpansInOrder, summaries: Tensor, *, direction: sweeps.Direction, **factors: Tensor
+    ) -> Any:
+        pending = right(self, summaries, direction=direction, **factors)
         if direction is sweeps.Direction.REVERSE:
             pending.carries_SBDF.zero_()
         return pending
@@ -81,12 +84,18 @@ def drop_reverse_exchange(patch: Patch) -> None:
 def forget_gradient_of_the_state(patch: Patch) -> None:
     right = sweeps._GradientSweep.__init__
 
-    def wrong(self: Any, keys: Tensor, *arguments: Any) -> None:
-        changed = list(arguments)
-        changed[3] = None
-        right(self, keys, *changed)
+    def wrong(self: Any, tensors: Any, d_outputs: Tensor, _: Any, call: Any, **needs: bool) -> None:
+        right(self, tensors, d_outputs, None, call, **needs)
 
     patch.setattr(sweeps._GradientSweep, "__init__", wrong)
+
+
+def ignore_factors(patch: Patch) -> None:
+    right = sweeps.ScanCall.keep_rows
+    without = {"factors_BN": None}
+    patch.setattr(
+        sweeps.ScanCall, "keep_rows", lambda call, *a: right(replace(call, **without), *a)
+    )
 
 
 def compare(case: Case) -> None:
@@ -108,6 +117,13 @@ FAULTS = {
     "reverse exchange dropped": drop_reverse_exchange,
     "state's gradient forgotten": forget_gradient_of_the_state,
 }
+OTHER_WRITE = {"has_write_keys": True, "has_factors": True}
+OTHER_WRITE_FAULTS = {
+    **FAULTS,
+    "write keys' gradient doubled": change_gradient(WRITE_KEYS, 2),
+    "write keys' gradient cut": change_gradient(WRITE_KEYS, 0),
+    "factors ignored": ignore_factors,
+}
 
 
 def test_without_a_fault() -> None:
@@ -119,3 +135,14 @@ def test_a_fault_is_found(fault: Callable[[Patch], None], monkeypatch: Patch) ->
     fault(monkeypatch)
     with pytest.raises(AssertionError, match=r" of \d"):
         compare(documents_case())
+
+
+@pytest.mark.parametrize("fault", OTHER_WRITE_FAULTS.values(), ids=OTHER_WRITE_FAULTS)
+def test_a_fault_of_other_writes_is_found(
+    fault: Callable[[Patch], None], monkeypatch: Patch
+) -> None:
+    """Write keys apart from read keys, and keeps that depend on data."""
+    compare(documents_case(**OTHER_WRITE))
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match=r" of \d"):
+        compare(documents_case(**OTHER_WRITE))

@@ -11,28 +11,30 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ttt.fast_weights import (
-    Clip,
-    Normalize,
-    fast_weight_spans,
+    TokenInputs,
+    WriteCall,
+    fast_weight_scan,
     plan_chunks,
     target_from_source,
+    write,
 )
+from megatron_ttt.rule import GATE, GATE_BIAS, Clip, ClipMode, Normalize
 from tests.unit.fast_weights.cases import (
     Case,
     SpansInOrder,
     cases,
     inputs,
-    learning_rate,
     solve_chunked,
+    update_rule,
 )
 
 
 @pytest.mark.parametrize("poisoned", [0, 1, 2])
 @pytest.mark.parametrize("normalize", list(Normalize))
-@pytest.mark.parametrize("clip", [None, Clip(0.1)])
+@pytest.mark.parametrize("clip", [Clip(), Clip(ClipMode.relative, 0.1)])
 @pytest.mark.parametrize("spans", [1, 3])
 def test_an_infinite_document_does_not_poison_the_others(
-    poisoned: int, normalize: Normalize, clip: Clip | None, spans: int
+    poisoned: int, normalize: Normalize, clip: Clip, spans: int
 ) -> None:
     """Documents [0, 6), [6, 18) and [18, 24) of one row; two of the borders are inside chunks."""
     borders = [0, 6, 18, 24]
@@ -68,17 +70,14 @@ def read_row(case: Case, source: Tensor) -> Tensor:
         padding_BT=mask["padding"],
         device="cpu",
     )
-    return fast_weight_spans(
-        torch.tanh(source @ tensors["weight"]),
-        target_from_source(
-            source, tensors["conv"], tensors["proj"], plan=plan, normalize=case.normalize
-        ),
-        tensors["weight"],
-        plan=plan,
-        learning_rate=learning_rate(case),
-        clip=case.clip,
-        normalize=case.normalize,
-    ).outputs_BTD
+    rule, weight = update_rule(case), tensors["weight"]
+    keys = torch.tanh(source @ weight)
+    targets = target_from_source(
+        source, tensors["conv"], tensors["proj"], plan=plan, normalize=case.normalize
+    )
+    own = {GATE: tensors["gate"], GATE_BIAS: tensors["gate_bias"]}
+    written = write(TokenInputs(keys, source), targets, WriteCall(rule, plan, weight, own))
+    return fast_weight_scan(keys, written, weight, plan=plan, eta=rule.eta).outputs_BTD
 
 
 def touched(case: Case, token: int) -> list[int]:
@@ -99,10 +98,10 @@ def test_no_output_moves_before_the_token_that_changed(case: Case, data: st.Data
 
 
 @pytest.mark.parametrize("normalize", list(Normalize))
-@pytest.mark.parametrize("clip", [None, Clip(0.01)])
+@pytest.mark.parametrize("clip", [Clip(), Clip(ClipMode.relative, 0.01)])
 @pytest.mark.parametrize("token", range(21))
 def test_a_token_reaches_the_later_chunks_of_its_document_and_nothing_else(
-    token: int, normalize: Normalize, clip: Clip | None
+    token: int, normalize: Normalize, clip: Clip
 ) -> None:
     """Exactly: itself, and every later chunk that reads what its chunk wrote.
 

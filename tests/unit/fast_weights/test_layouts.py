@@ -10,16 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from megatron_ttt.fast_weights import (
-    Clip,
-    ClipMode,
     FastWeightOutput,
-    Normalize,
+    Write,
     fast_weight_linear,
-    fast_weight_spans,
+    fast_weight_scan,
     plan_chunks,
     target_from_source,
 )
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
+from megatron_ttt.rule import Clip, ClipMode, Normalize
 from tests.unit.fast_weights.cases import (
     GRADIENTS,
     Case,
@@ -28,11 +27,12 @@ from tests.unit.fast_weights.cases import (
     cases,
     differentiate,
     documents_case,
+    eta_of,
     inputs,
-    learning_rate,
     leaves,
     solve_chunked,
     solve_reference,
+    update_rule,
 )
 from tests.unit.fast_weights.in_threads import InThreads, ThreadedExchange
 
@@ -61,22 +61,19 @@ def test_megatron_strides_and_their_outputs() -> None:
     assert found.gradients["keys"].shape == (2, 24, 7)
 
 
-@pytest.mark.parametrize("mode", list(ClipMode))
+@pytest.mark.parametrize("mode", [ClipMode.relative, ClipMode.absolute])
 @pytest.mark.parametrize("normalize", list(Normalize))
 def test_shards_of_the_keys_agree_through_the_reducer(mode: ClipMode, normalize: Normalize) -> None:
     """Tensor parallelism: a shard sees its columns of keys and weight, sums are reduced."""
-    case = documents_case(clip=Clip(0.01, mode), normalize=normalize)
+    case = documents_case(clip=Clip(mode, 0.01), normalize=normalize)
     tensors = inputs(case)
-    options = {
-        "learning_rate": learning_rate(case),
-        "chunk_size": 4,
-        "document_starts": case.mask(case.starts),
-        "clip": case.clip,
-        "normalize": normalize,
-    }
+    rule = update_rule(case)
+    options = {"rule": rule, "document_starts": case.mask(case.starts)}
     keys, targets, weight = tensors["keys"], tensors["source"], tensors["weight"]
     whole = fast_weight_linear(keys, targets, weight, **options)
-    unclipped = fast_weight_linear(keys, targets, weight, **{**options, "clip": None})
+    unclipped = fast_weight_linear(
+        keys, targets, weight, **{**options, "rule": replace(rule, clip=Clip())}
+    )
     assert not torch.allclose(whole.outputs_BTD, unclipped.outputs_BTD)
 
     shards = (slice(0, 3), slice(3, 7))
@@ -100,10 +97,14 @@ def test_shards_of_the_keys_agree_through_the_reducer(mode: ClipMode, normalize:
 
 @pytest.mark.parametrize("held", [((0, 3), (1, 2)), ((0, 1), (2, 3))], ids=["zigzag", "contiguous"])
 @pytest.mark.parametrize("decay", [1.0, 0.8])
-def test_two_ranks_with_two_spans_each(held: tuple[tuple[int, int], ...], decay: float) -> None:
+@pytest.mark.parametrize("other_write", [False, True])
+def test_two_ranks_with_two_spans_each(
+    held: tuple[tuple[int, int], ...], decay: float, other_write: bool
+) -> None:
     """Plans cut by ``select_tokens``, carries exchanged between the ranks, all gradients whole."""
     case = documents_case(starts=((6, 9), (20,)), padding=((), (0, 1)), decay=decay)
-    eta, span_length = learning_rate(case), case.length // 4
+    case = replace(case, has_write_keys=other_write, has_factors=other_write)
+    eta, span_length = eta_of(case), case.length // 4
     case = replace(case, chunk_size=3)
     plan = plan_chunks(
         case.mask(case.starts),
@@ -122,14 +123,20 @@ def test_two_ranks_with_two_spans_each(held: tuple[tuple[int, int], ...], decay:
         tokens = [t for start, stop in ranges for t in range(start, stop)]
         local = plan.select_tokens(ranges)
         owns_first, owns_last = 0 in held[rank], 3 in held[rank]
-        output = fast_weight_spans(
+        targets = target_from_source(
+            tensors["source"][:, tokens], tensors["conv"], tensors["proj"], plan=local
+        )
+        chunks = [t // 3 for t in tokens[::3]]
+        output = fast_weight_scan(
             tensors["keys"][:, tokens],
-            target_from_source(
-                tensors["source"][:, tokens], tensors["conv"], tensors["proj"], plan=local
+            Write(
+                targets,
+                tensors["write_keys"][:, tokens] if case.has_write_keys else None,
+                tensors["factors"][:, chunks] if case.has_factors else None,
             ),
             tensors["weight"],
             plan=local,
-            learning_rate=eta,
+            eta=eta,
             spans=2,
             exchange=ThreadedExchange(ranks, rank, held, plan.span_keeps(4)),
             carry_BDF=tensors["carry"] if owns_first else None,
@@ -158,9 +165,11 @@ def test_two_ranks_with_two_spans_each(held: tuple[tuple[int, int], ...], decay:
         tensors["keys"],
         targets,
         tensors["weight"],
-        learning_rate=eta,
+        eta=eta,
         carry_BDF=tensors["carry"],
         decay=decay,
+        write_keys_BTF=tensors["write_keys"] if case.has_write_keys else None,
+        factors_BN=tensors["factors"] if case.has_factors else None,
         **layout,
     )
     expected = differentiate(case, tensors, outputs, state)
@@ -181,12 +190,12 @@ def test_unfit_spans(spans: int, length: int, exchange: SpansInOrder | None, mes
     tensors = inputs(Case(batch=1, length=length))
     plan = plan_chunks(None, batch=1, length=length, chunk_size=4, device="cpu")
     with pytest.raises(ValueError, match=message):
-        fast_weight_spans(
+        fast_weight_scan(
             tensors["keys"],
-            tensors["source"],
+            Write(tensors["source"]),
             tensors["weight"],
             plan=plan,
-            learning_rate=0.1,
+            eta=0.1,
             spans=spans,
             exchange=exchange,
         )

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from megatron_ttt.fast_weights import ChunkPlan, Normalize, plan_chunks, target_from_source
+from megatron_ttt.fast_weights import ChunkPlan, plan_chunks, target_from_source
 from megatron_ttt.fast_weights.reference import reference_target
+from megatron_ttt.rule import Normalize
 from tests.unit.fast_weights.cases import Case, cases, documents_case, inputs
 
 
@@ -94,7 +95,7 @@ def test_slices_of_whole_chunks_need_no_neighbours() -> None:
 
 
 def test_unit_rms_ignores_the_scale_of_the_source() -> None:
-    case = documents_case(normalize=Normalize.KEY_ENERGY)
+    case = documents_case(normalize=Normalize.key_energy)
     tensors = inputs(case)
     small = target_from_source(
         0.02 * tensors["source"], None, None, plan=plan_of(case), normalize=case.normalize

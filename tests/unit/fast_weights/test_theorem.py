@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import fast_weight_linear, plan_chunks, target_from_source
+from megatron_ttt.rule import UpdateRule
 
 VOCABULARY, HIDDEN, FFN, CHUNK = 12, 96, 24, 8
 ETA, ALIGNMENT = 0.3, 0.7
@@ -64,8 +65,7 @@ def expected_logit_changes(conv_taps: list[float] | None) -> Tensor:
         keys_BTF,
         target_from_source(source, conv, None, plan=plan),
         weight,
-        learning_rate=ETA,
-        chunk_size=CHUNK,
+        rule=UpdateRule(eta=ETA, chunk_size=CHUNK),
     ).outputs_BTD
     change_BD = (outputs - keys_BTF @ weight.T)[:, -1]
     return (change_BD @ table_VD.T).mean(dim=0)

@@ -8,25 +8,54 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from megatron_ttt.fast_weights import (
-    Clip,
-    ClipMode,
-    Normalize,
+    TokenInputs,
+    WriteCall,
     fast_weight_linear,
-    flush,
+    plan_chunks,
+    write,
+    written_state,
 )
 from megatron_ttt.fast_weights.reference import reference_fast_weight
+from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
 from tests.unit.fast_weights.cases import (
     Case,
     assert_close,
     cases,
     differentiate,
     documents_case,
+    eta_of,
     inputs,
-    learning_rate,
     leaves,
     solve_chunked,
     solve_reference,
+    update_rule,
 )
+
+
+def written(
+    state: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    weight: Tensor,
+    rule: UpdateRule,
+    *,
+    starts: Tensor | None = None,
+    padding: Tensor | None = None,
+) -> Tensor:
+    """The state after one chunk of all the tokens given."""
+    batch, length, _ = keys.shape
+    plan = plan_chunks(
+        starts,
+        batch=batch,
+        length=length,
+        chunk_size=length,
+        decay=rule.decay,
+        padding_BT=padding,
+        device="cpu",
+    )
+    chunk = write(TokenInputs(keys, targets), targets, WriteCall(rule, plan, weight, {}))
+    return written_state(state, keys, chunk, weight, plan=plan)
+
 
 properties = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -58,6 +87,7 @@ def test_bfloat16_keeps_a_float32_state() -> None:
 def test_two_calls_with_a_carry_equal_one(normalize: Normalize) -> None:
     """Outputs, final state and every gradient, the cut on a chunk edge inside a document."""
     case = documents_case(normalize=normalize, decay=0.9)
+    rule = UpdateRule(eta=0.05, chunk_size=4, decay=0.9, normalize=normalize)
     starts, padding = case.mask(case.starts), case.mask(case.padding)
     tensors = leaves(case, torch.float64)
     targets = tensors["source"] @ tensors["proj"]
@@ -67,13 +97,10 @@ def test_two_calls_with_a_carry_equal_one(normalize: Normalize) -> None:
             tensors["keys"][:, part],
             targets[:, part],
             tensors["weight"],
-            learning_rate=0.05,
-            chunk_size=4,
+            rule=rule,
             carry_BDF=carry,
             document_starts=starts[:, part],
             padding=padding[:, part],
-            decay=0.9,
-            normalize=normalize,
         )
         carry, keep = half.state_BDF, keep * half.keep_B
         outputs.append(half.outputs_BTD)
@@ -84,39 +111,36 @@ def test_two_calls_with_a_carry_equal_one(normalize: Normalize) -> None:
         tensors["keys"],
         tensors["source"] @ tensors["proj"],
         tensors["weight"],
-        learning_rate=0.05,
-        chunk_size=4,
+        rule=rule,
         carry_BDF=tensors["carry"],
         document_starts=starts,
         padding=padding,
-        decay=0.9,
-        normalize=normalize,
     )
     expected = differentiate(case, tensors, whole.outputs_BTD, whole.state_BDF)
     assert_close(found, expected, tolerance=1e-12)
     assert torch.equal(keep, whole.keep_B)
 
 
-@pytest.mark.parametrize("clip", [None, Clip(0.1), Clip(0.2, ClipMode.ABSOLUTE)])
-def test_flush_writes_the_unfinished_chunk(clip: Clip | None) -> None:
+@pytest.mark.parametrize(
+    "clip", [Clip(), Clip(ClipMode.relative, 0.1), Clip(ClipMode.absolute, 0.2)]
+)
+def test_the_unfinished_chunk_can_be_written(clip: Clip) -> None:
     """A row cut in its last chunk and flushed ends in the state of a grid that had fitted."""
     case = documents_case(length=22, starts=((0, 6), (9, 21)), padding=((20,), ()))
     tensors = inputs(case)
-    options = {"learning_rate": 0.05, "decay": 0.9, "clip": clip}
+    rule = UpdateRule(eta=0.05, chunk_size=4, decay=0.9, clip=clip)
     arguments = (tensors["keys"], tensors["source"], tensors["weight"])
     starts, padding = case.mask(case.starts), case.mask(case.padding)
-    row = fast_weight_linear(
-        *arguments, chunk_size=4, document_starts=starts, padding=padding, **options
-    )
+    row = fast_weight_linear(*arguments, rule=rule, document_starts=starts, padding=padding)
     last = slice(20, 22)
-    flushed = flush(
+    flushed = written(
         row.state_BDF,
         tensors["keys"][:, last],
         tensors["source"][:, last],
         tensors["weight"],
-        document_starts=starts[:, last],
+        rule,
+        starts=starts[:, last],
         padding=padding[:, last],
-        **options,
     )
     # The same tokens on a grid that fits: two more of padding complete the chunk.
     full = {
@@ -127,27 +151,29 @@ def test_flush_writes_the_unfinished_chunk(clip: Clip | None) -> None:
         full["keys"],
         full["source"],
         tensors["weight"],
+        eta=0.05,
         chunk_size=4,
+        decay=0.9,
+        clip=clip,
         document_starts=torch.nn.functional.pad(starts, (0, 2)),
         padding=torch.nn.functional.pad(padding, (0, 2), value=True),
-        **options,
     )
     assert not torch.allclose(row.state_BDF, expected)
     torch.testing.assert_close(flushed, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_flush_is_differentiable_and_keeps_rows_of_padding() -> None:
+def test_writing_a_chunk_is_differentiable_and_keeps_rows_of_padding() -> None:
     tensors = inputs(Case(length=3))
     padding = torch.tensor([[False] * 3, [True] * 3])
     names = ("carry", "keys", "source")
     arguments = [tensors[name].requires_grad_() for name in names]
 
-    def write(state: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-        weight = tensors["weight"]
-        return flush(state, keys, targets, weight, learning_rate=0.1, padding=padding, decay=0.5)
+    def of_one_chunk(state: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
+        rule = UpdateRule(eta=0.1, decay=0.5)
+        return written(state, keys, targets, tensors["weight"], rule, padding=padding)
 
-    assert torch.equal(write(*arguments)[1], tensors["carry"][1])
-    assert torch.autograd.gradcheck(write, arguments)
+    assert torch.equal(of_one_chunk(*arguments)[1], tensors["carry"][1])
+    assert torch.autograd.gradcheck(of_one_chunk, arguments)
 
 
 @pytest.mark.parametrize("decay", [1.0, 0.7])
@@ -163,12 +189,10 @@ def test_gradcheck(eta: float, decay: float) -> None:
             keys,
             targets,
             weight,
-            learning_rate=eta,
-            chunk_size=3,
+            rule=UpdateRule(eta=eta, chunk_size=3, decay=decay),
             carry_BDF=carry,
             document_starts=case.mask(case.starts),
             padding=case.mask(case.padding),
-            decay=decay,
         )
         return output.outputs_BTD, output.state_BDF
 
@@ -179,8 +203,8 @@ def test_rate_of_zero_is_the_dense_projection_and_returns_the_state() -> None:
     case = documents_case(update_ratio=0.0)
     tensors = inputs(case)
     keys, targets, weight = tensors["keys"], tensors["source"], tensors["weight"]
-    zero = fast_weight_linear(keys, targets, weight, learning_rate=0.0, chunk_size=4)
-    live = fast_weight_linear(keys, targets, weight, learning_rate=0.1, chunk_size=4)
+    zero = fast_weight_linear(keys, targets, weight, rule=UpdateRule(eta=0.0, chunk_size=4))
+    live = fast_weight_linear(keys, targets, weight, rule=UpdateRule(eta=0.1, chunk_size=4))
     assert torch.equal(zero.outputs_BTD, keys @ weight.T)
     assert torch.equal(zero.state_BDF, live.state_BDF)
     assert live.state_BDF.norm() > 1
@@ -189,10 +213,12 @@ def test_rate_of_zero_is_the_dense_projection_and_returns_the_state() -> None:
 def test_state_squares_are_those_of_the_state_entering_each_chunk() -> None:
     case = documents_case()
     tensors = inputs(case)
-    options = {"learning_rate": 0.05, "chunk_size": 4, "carry_BDF": tensors["carry"]}
+    rule, carry = UpdateRule(eta=0.05, chunk_size=4), tensors["carry"]
     starts = case.mask(case.starts)
     arguments = (tensors["keys"], tensors["source"], tensors["weight"])
-    found = fast_weight_linear(*arguments, document_starts=starts, **options).state_squares_BN
+    found = fast_weight_linear(
+        *arguments, rule=rule, carry_BDF=carry, document_starts=starts
+    ).state_squares_BN
     assert not found.requires_grad
     for chunk in range(6):
         cut = slice(0, 4 * chunk + 1)
@@ -201,7 +227,9 @@ def test_state_squares_are_those_of_the_state_entering_each_chunk() -> None:
             tensors["source"][:, cut],
             tensors["weight"],
             document_starts=starts[:, cut],
-            **options,
+            eta=0.05,
+            chunk_size=4,
+            carry_BDF=carry,
         )
         torch.testing.assert_close(found[:, chunk], state.square().sum(dim=(1, 2)))
 
@@ -213,18 +241,19 @@ def test_update_ratio_of_the_usual_case_is_alive() -> None:
         tensors["keys"],
         tensors["source"] @ tensors["proj"],
         tensors["weight"],
-        learning_rate=learning_rate(case),
-        chunk_size=case.chunk_size,
+        rule=update_rule(case),
         document_starts=case.mask(case.starts),
     )
-    largest = learning_rate(case) * output.state_squares_BN.max().sqrt() / tensors["weight"].norm()
+    largest = eta_of(case) * output.state_squares_BN.max().sqrt() / tensors["weight"].norm()
     assert 0.05 <= largest <= 0.3
 
 
 def test_no_gradient_work_for_frozen_inputs() -> None:
     tensors = inputs(Case())
     keys, targets = tensors["keys"].requires_grad_(), tensors["source"]
-    output = fast_weight_linear(keys, targets, tensors["weight"], learning_rate=0.1, chunk_size=4)
+    output = fast_weight_linear(
+        keys, targets, tensors["weight"], rule=UpdateRule(eta=0.1, chunk_size=4)
+    )
     output.outputs_BTD.sum().backward()
     assert keys.grad is not None
     assert targets.grad is None and tensors["weight"].grad is None
@@ -239,9 +268,10 @@ def test_no_gradient_work_for_frozen_inputs() -> None:
         ({"carry_BDF": torch.zeros(1, 5, 7)}, r"carry \[1, 5, 7\] is not \[2, 5, 7\]"),
         ({"document_starts": torch.zeros(2, 20, dtype=torch.bool)}, r"bool \[2, 21\]"),
         ({"padding": torch.zeros(2, 21)}, "padding must be bool"),
-        ({"decay": 0.0}, "decay 0.0"),
-        ({"decay": 1.5}, "decay 1.5"),
-        ({"chunk_size": 0}, "chunk size 0"),
+        ({"rule": UpdateRule(decay=0.0)}, "decay 0.0"),
+        ({"rule": UpdateRule(decay=1.5)}, "decay 1.5"),
+        ({"rule": UpdateRule(chunk_size=0)}, "chunk size 0"),
+        ({"rule": UpdateRule(clip=Clip(ClipMode.relative, 0.0))}, "clip bound 0"),
     ],
 )
 def test_unfit_arguments(changes: dict[str, object], message: str) -> None:
@@ -249,15 +279,9 @@ def test_unfit_arguments(changes: dict[str, object], message: str) -> None:
         "keys": torch.zeros(2, 21, 7),
         "targets": torch.zeros(2, 21, 5),
         "weight": torch.zeros(5, 7),
-        "learning_rate": 0.1,
-        "chunk_size": 4,
+        "rule": UpdateRule(eta=0.1, chunk_size=4),
         **changes,
     }
     tensors = [arguments.pop(name) for name in ("keys", "targets", "weight")]
     with pytest.raises(ValueError, match=message):
         fast_weight_linear(*tensors, **arguments)
-
-
-def test_a_clip_needs_a_positive_bound() -> None:
-    with pytest.raises(ValueError, match="clip bound 0"):
-        Clip(0.0)

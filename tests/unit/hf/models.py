@@ -67,8 +67,11 @@ def live_model(
     for layer in model.config.ttt_layers:
         mlp = model.model.layers[layer].mlp
         torch.nn.init.normal_(mlp.ttt_conv.weight, std=0.5)
-        if mlp.ttt_proj is not None:
+        if "ttt_proj.weight" in mlp.added:
             torch.nn.init.normal_(mlp.ttt_proj.weight, std=0.3)
+        if "ttt_gate.weight" in mlp.added:
+            torch.nn.init.normal_(mlp.ttt_gate.weight, std=0.5)
+            torch.nn.init.constant_(mlp.ttt_gate_bias.weight, -0.4)
     model.to(dtype)
     model.config.ttt_lr = 1e-4
     model.config.ttt_lr *= WANTED_RATIO / float(max(ratios(model)))

@@ -112,8 +112,11 @@ def test_equals_the_transcription(family: str, target: str) -> None:
         {"ttt_clip_mode": "relative", "ttt_clip_bound": 0.04},
         {"ttt_normalize": "key_energy"},
         {"ttt_proj": False},
+        {"ttt_write": "gated"},
+        {"ttt_write": "gated", "ttt_target": "input_embed"},
+        {"ttt_write": "bounded", "ttt_write_bound": 0.2},
     ],
-    ids=lambda keys: next(iter(keys)),
+    ids=lambda keys: "-".join(map(str, keys.values())),
 )
 def test_every_rule_decodes_as_it_trains(keys: dict[str, Any]) -> None:
     model = live_model(**keys)
@@ -122,9 +125,9 @@ def test_every_rule_decodes_as_it_trains(keys: dict[str, Any]) -> None:
     for piece in (1, 5):
         found = read_in_pieces(model, ids, pieces_of(ids.shape[1], piece), None)
         assert relative(found, whole) < 1e-9
-    for key in ("ttt_decay", "ttt_clip_mode", "ttt_normalize"):
+    usual = {"ttt_decay": 1.0, "ttt_clip_mode": "off", "ttt_normalize": "none"}
+    for key, plain in {**usual, "ttt_write": "plain"}.items():
         if key in keys:
-            plain = {"ttt_decay": 1.0, "ttt_clip_mode": "off", "ttt_normalize": "none"}[key]
             setattr(model.config, key, plain)
             assert relative(model(ids).logits, whole) > 1e-6, f"{key} changed nothing"
 

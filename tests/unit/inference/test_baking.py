@@ -118,7 +118,7 @@ def test_the_sum_alone_is_rounded(tmp_path: Path) -> None:
         HFFolder(tmp_path / "exported"),
         tmp_path / "baked",
         {0: matrix},
-        learning_rate=eta,
+        eta=eta,
         shard_bytes=1 << 30,
         check=lambda folder: None,
     )

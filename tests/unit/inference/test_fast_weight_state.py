@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.fast_weights import Clip, Normalize, target_from_source
+from megatron_ttt.fast_weights import TokenInputs, Write, WriteCall, target_from_source, write
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
-from megatron_ttt.inference.fast_weight_state import FastWeightState, LayerTensors, UpdateRule
+from megatron_ttt.inference.fast_weight_state import FastWeightState, LayerTensors
 from megatron_ttt.inference.token_runs import TokenRuns, runs_of_mask, whole_runs
+from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
 
 C, D, F = 6, 10, 14
 RULES = {
     "plain": UpdateRule(C, 0.02),
     "decay": UpdateRule(C, 0.02, decay=0.6),
-    "clip": UpdateRule(C, 0.02, clip=Clip(bound=0.05)),
-    "key_energy": UpdateRule(C, 0.5, normalize=Normalize.KEY_ENERGY),
+    "clip": UpdateRule(C, 0.02, clip=Clip(ClipMode.relative, 0.05)),
+    "key_energy": UpdateRule(C, 0.5, normalize=Normalize.key_energy),
 }
 
 
@@ -35,14 +36,15 @@ class Layer:
     proj: Tensor
     rule: UpdateRule
 
-    def targets(self, source: Tensor, plan: ChunkPlan) -> Tensor:
-        return target_from_source(
-            source, self.conv, self.proj, plan=plan, normalize=self.rule.normalize
+    def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
+        targets = target_from_source(
+            tokens.source_BTH, self.conv, self.proj, plan=plan, normalize=rule.normalize
         )
+        return write(tokens, targets, WriteCall(rule, plan, self.weight, {}))
 
     def read(self, state: FastWeightState, tokens: slice, runs: TokenRuns) -> Tensor:
-        keys, source = self.keys[:, tokens], self.source[:, tokens]
-        return state.read(LayerTensors(keys, source, self.weight, self.targets), runs)
+        inputs = TokenInputs(self.keys[:, tokens], self.source[:, tokens])
+        return state.read(LayerTensors(inputs, self.weight, self.make_write), runs)
 
     def reference(self, row: int, length: int) -> tuple[Tensor, Tensor]:
         source = self.source[row : row + 1, :length]
@@ -53,13 +55,13 @@ class Layer:
             self.keys[row : row + 1, :length],
             targets,
             self.weight,
-            learning_rate=self.rule.learning_rate,
+            eta=self.rule.eta,
             chunk_size=C,
             decay=self.rule.decay,
             clip=self.rule.clip,
             normalize=self.rule.normalize,
         )
-        ratio = self.rule.learning_rate * state.norm() / self.weight.norm()
+        ratio = self.rule.eta * state.norm() / self.weight.norm()
         assert length < C or 0.03 < ratio < 0.6, float(ratio)
         return outputs[0], state[0]
 
@@ -121,9 +123,8 @@ def test_rows_complete_chunks_at_different_steps() -> None:
             for row, take in enumerate(takes):
                 index[row, size - take :] = torch.arange(done[row], done[row] + take)
             rows = torch.arange(3)[:, None]
-            call = LayerTensors(
-                layer.keys[rows, index], layer.source[rows, index], layer.weight, layer.targets
-            )
+            tokens = TokenInputs(layer.keys[rows, index], layer.source[rows, index])
+            call = LayerTensors(tokens, layer.weight, layer.make_write)
             runs = TokenRuns(tuple(size - take for take in takes), tuple(takes), size)
             found = state.read(call, runs)
             for row, take in enumerate(takes):
@@ -144,7 +145,7 @@ def test_flush_writes_the_unfinished_chunk() -> None:
     layer = layer_of(RULES["decay"], batch=1, length=length)
     state = FastWeightState(layer.rule, batch=1)
     layer.read(state, slice(0, length), whole_runs(1, length))
-    state.flush(layer.weight, layer.targets)
+    state.flush(layer.weight, layer.make_write)
     targets = reference_target(layer.source, layer.conv, layer.proj, chunk_size=C)
     _, first = layer.reference(0, C)
     rest = torch.einsum("td,tf->df", targets[0, C:], layer.keys[0, C:])

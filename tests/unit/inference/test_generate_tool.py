@@ -167,7 +167,7 @@ def test_a_memory_is_used(
     fresh = FastWeightCache(model[0].config)
     for layer, state in cache.fast_weights.items():
         mlp = model[0].model.layers[layer].mlp
-        state.flush(mlp.down_proj.weight, mlp.targets)
+        state.flush(mlp.down_proj.weight, mlp.make_write)
         fresh.state_of(layer, batch=1).restore(
             places=[0], pending=[0], state_BDF=state.state_BDF, unfinished=None
         )

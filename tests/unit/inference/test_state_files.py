@@ -65,7 +65,7 @@ def test_a_memory_starts_a_fresh_context(rest: Unfinished, tmp_path: Path) -> No
     for layer, state in other.fast_weights.items():
         if rest is Unfinished.FLUSH:
             mlp = model.model.layers[layer].mlp
-            state.flush(mlp.down_proj.weight, mlp.targets)
+            state.flush(mlp.down_proj.weight, mlp.make_write)
         assert state.state_BDF is not None
         fresh.state_of(layer, batch=2).restore(
             places=[0, 0],

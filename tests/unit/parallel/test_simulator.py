@@ -38,6 +38,7 @@ def check_parity(
     rows: int = 2,
     elements: int = 19,
     blocks: int = 3,
+    has_factors: bool = False,
 ) -> Simulation:
     """Against the definition, with NaN where no summary may be read."""
     spans = total_spans(ranks, order)
@@ -45,7 +46,9 @@ def check_parity(
     states_SBM = torch.randn(spans, rows, elements, generator=generator, dtype=torch.float64)
     keeps_SB = torch.rand(spans, rows, generator=generator, dtype=torch.float64)
     keeps_SB = torch.where(keeps_SB < 0.2, 0.0, torch.where(keeps_SB > 0.5, 1.0, keeps_SB))
-    expected_SBM = scan_by_definition(states_SBM, keeps_SB, direction)
+    factors_SB = torch.rand(spans, rows, generator=generator, dtype=torch.float64) + 0.5
+    products_SB = keeps_SB * factors_SB if has_factors else keeps_SB
+    expected_SBM = scan_by_definition(states_SBM, products_SB, direction)
     states_SBM[-1 if direction is Direction.FORWARD else 0] = torch.nan
     held = [spans_of_rank(rank, ranks, order) for rank in range(ranks)]
     simulation = simulate(
@@ -56,10 +59,20 @@ def check_parity(
         topology=GPU_CLUSTER,
         direction=direction,
         blocks=blocks,
+        factors_SB=factors_SB if has_factors else None,
     )
     carries = torch.cat(simulation.carries_PSB)
     torch.testing.assert_close(carries, expected_SBM[list(chain(*held))], rtol=0, atol=1e-12)
     return simulation
+
+
+@pytest.mark.parametrize(("order", "algorithm"), EVERY)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7, 33])
+def test_parity_with_factors_that_depend_on_data(
+    ranks: int, order: SequenceOrder, algorithm: Algorithm
+) -> None:
+    for direction in Direction:
+        check_parity(ranks, order, algorithm, direction, has_factors=True)
 
 
 @pytest.mark.parametrize(("order", "algorithm"), EVERY)
