@@ -72,6 +72,32 @@ def test_every_page_is_in_the_index() -> None:
     assert pages - listed == set()
 
 
+def defined_names(path: Path) -> set[str]:
+    """Functions, classes and their methods (``Class.method``) that a module defines."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            names |= {f"{node.name}.{part.name}" for part in methods}
+    return names
+
+
+def test_life_of_a_chunk_names_existing_functions() -> None:
+    page = (ROOT / "docs" / "chunk.md").read_text()
+    package = ROOT / "megatron_ttt"
+    placed = re.findall(r"`([\w/]+\.py)`:\s+`([\w.]+)`", page)
+    assert len(placed) > 10
+    assert [f"{file}: {name}" for file, name in placed
+            if name not in defined_names(package / file)] == []  # fmt: skip
+    steps = [line for line in page.splitlines() if re.match(r"\| \d \|", line)]
+    assert len(steps) == 8
+    known = set().union(*(defined_names(package / file) for file, _ in placed))
+    named = [name for line in steps for name in re.findall(r"`([\w.]+)`", line.split("|")[4])]
+    assert set(named) - known == set()
+
+
 def test_commands_of_the_readme_name_existing_programs() -> None:
     pages = (ROOT / "README.md").read_text() + (ROOT / "CONTRIBUTING.md").read_text()
     programs = set(re.findall(r"\b(?:launch|tools)/[\w/]+\.(?:py|sbatch)", pages))
