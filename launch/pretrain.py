@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 from megatron_ttt.config.load import run_with_config
 from megatron_ttt.config.schema import Config
+from megatron_ttt.training.environment import order_launches
 from megatron_ttt.training.quiet import quiet_libraries
 
 
@@ -17,6 +18,7 @@ def pretrain(config: Config, given: Collection[str]) -> int:
     """The training run; its exit status."""
     # torch and megatron-core take seconds to import: a mistake is reported before that
     quiet_libraries()
+    order_launches(config.parallel)  # read when torch first touches the GPU
     from megatron_ttt.training.loop import pretrain as run
 
     return run(config, given)

@@ -62,7 +62,7 @@ def model_on_fake_cuda(
             here = stack.enter_context(model_parallel(config, gloo_groups=False))
             model = build_meta_model(config, Ranks(0, ranks, here.groups, META))
             on_cpu = Ranks(0, ranks, here.groups, torch.device("cpu"))
-            scan = scan_settings(config.parallel, on_cpu.groups.cp)
+            scan = scan_settings(config.parallel, on_cpu.scan_group)
             layouts = {
                 mode: ForwardStep(config, on_cpu, scan=scan, mode=mode).layout(batch)
                 for mode in TTTMode

@@ -58,7 +58,7 @@ def meta_ranks(config: Config) -> Iterator[Ranks]:
             "fake", store=FakeStore(), rank=0, world_size=model_parallel_size(config.parallel)
         )
         stack.callback(dist.destroy_process_group)
-        here = stack.enter_context(model_parallel(config, gloo_groups=False))
+        here = stack.enter_context(model_parallel(config))
         yield Ranks(here.rank, here.world_size, here.groups, META)
 
 
@@ -89,7 +89,7 @@ def count_step(config: Config, *, documents: int = 1) -> DeviceCounter:
     counter = DeviceCounter(outside=MICRO_BATCH)
     with meta_ranks(config) as ranks, DeviceStandIns(counter):
         model = build_meta_model(config, ranks)
-        scan = scan_settings(config.parallel, ranks.groups.cp)
+        scan = scan_settings(config.parallel, ranks.scan_group)
         step = ForwardStep(config, ranks, scan=scan, mode=config.ttt.mode)
         batch = random_batch(config, documents)
         with counter:

@@ -87,6 +87,14 @@ def padded_vocab_size(model: ModelConfig, tp: int) -> int:
     return -(-model.vocab_size // tp) * tp
 
 
+def scan_timeout_s(parallel: ParallelConfig) -> float:
+    """After how long the scan's own watchdog gives up: before ``parallel.timeout_s`` is over.
+
+    Then NCCL's watchdog ends the process, with a message that knows neither layer nor algorithm.
+    """
+    return 0.9 * parallel.timeout_s
+
+
 def cp_tile(config: Config) -> int:
     """The sequence length must be a multiple of this.
 

@@ -4,7 +4,6 @@ Hydra composes ``configs/`` with the overrides; every mistake is reported as one
 status 2, before anything is written and before torch is imported.
 """
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -181,7 +180,7 @@ def faults_here(config: Config, *, world_size: int) -> list[Fault]:
         faults = validate(config, world_size, cuda=True, transformer_engine=True)
     else:
         cuda = _cuda_matters(config) and _cuda_present()
-        installed = importlib.util.find_spec("transformer_engine") is not None
+        installed = _transformer_engine_matters(config) and _transformer_engine_present()
         faults = validate(config, world_size, cuda=cuda, transformer_engine=installed)
         if not {fault.key for fault in faults} & {"model.name", "run.name", "run.dir"}:
             faults += run_directory_faults(config)
@@ -376,6 +375,20 @@ def _cuda_matters(config: Config) -> bool:
         config.model.attention is AttentionBackend.transformer_engine
         or config.train.precision is Precision.bf16
     )
+
+
+def _transformer_engine_matters(config: Config) -> bool:
+    """As above, of Transformer Engine; Megatron-core (seconds) is asked for it."""
+    return (
+        config.model.attention is AttentionBackend.transformer_engine
+        or "layernorm" in config.train.recompute_modules
+    )
+
+
+def _transformer_engine_present() -> bool:
+    from megatron_ttt.config.to_megatron import transformer_engine_present
+
+    return transformer_engine_present()
 
 
 def _cuda_present() -> bool:

@@ -6,10 +6,12 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ttt.config import derived
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -28,6 +30,22 @@ def compute_dtype(config: Config, *, device_is_cuda: bool | None = None) -> torc
     cuda = torch.cuda.is_available() if device_is_cuda is None else device_is_cuda
     precision = derived.resolve_precision(config.train.precision, cuda=cuda)
     return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def transformer_engine_present() -> bool:
+    """Whether Megatron-core can use Transformer Engine: the one answer, asked on GPUs alone.
+
+    Raises:
+        ConfigError: the package is installed and cannot be imported; training without it would be
+            slower for a reason that nobody is told.
+    """
+    if not HAVE_TE and importlib.util.find_spec("transformer_engine") is not None:
+        message = (
+            "the installed transformer_engine cannot be imported (built against another torch?); "
+            "python -c 'import transformer_engine.pytorch' shows why; mend or uninstall it"
+        )
+        raise ConfigError([Fault("model.attention", "auto", message)])
+    return bool(HAVE_TE)
 
 
 def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerConfig:
@@ -49,7 +67,7 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
     backend = derived.resolve_attention(
         config,
         cuda=device_is_cuda,
-        transformer_engine=importlib.util.find_spec("transformer_engine") is not None,
+        transformer_engine=device_is_cuda and transformer_engine_present(),
     ).value
     return TransformerConfig(
         num_layers=model.layers,

@@ -75,7 +75,7 @@ def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum,
 def _step(subject: Subject, mode: TTTMode) -> ForwardStep:
     config, ranks = subject.config, subject.ranks
     return ForwardStep(
-        config, ranks, scan=scan_settings(config.parallel, ranks.groups.cp), mode=mode
+        config, ranks, scan=scan_settings(config.parallel, ranks.scan_group), mode=mode
     )
 
 

@@ -110,7 +110,7 @@ def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_siz
     config, ranks = subject.config, subject.ranks
     rows, length = text.tokens_NR.shape[0], text.tokens_NR.shape[1] - 1
     step = ForwardStep(
-        config, ranks, scan=scan_settings(config.parallel, ranks.groups.cp), mode=mode
+        config, ranks, scan=scan_settings(config.parallel, ranks.scan_group), mode=mode
     )
     sums_2NT = torch.zeros(2, rows, length, dtype=torch.float64, device=ranks.device)
     for batch in batches(text, subject=subject, batch_size=batch_size):

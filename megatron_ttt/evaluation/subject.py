@@ -235,6 +235,7 @@ class Subject:
             self.model,
             self.config,
             self.ranks.groups,
+            scan_group=self.ranks.scan_group,
             batch=batch,
             device=self.ranks.device,
             mode=mode,

@@ -173,6 +173,7 @@ class MegatronBackend:
             self.model,
             self.config,
             self.ranks.groups,
+            scan_group=self.ranks.scan_group,
             batch=batch,
             device=self.device,
             mode=self.mode,

@@ -80,6 +80,7 @@ class ModelSession:
         config: Config,
         groups: ProcessGroupCollection,
         *,
+        scan_group: Any,
         batch: int,
         device: torch.device,
         mode: TTTMode = TTTMode.in_place,
@@ -88,6 +89,8 @@ class ModelSession:
 
         Args:
             model: built from ``config`` with the torch attention backend, in ``eval`` mode.
+            groups: Megatron's process groups.
+            scan_group: the context-parallel ranks' own for states (``Ranks.scan_group``).
             batch: rows.
             device: the model's.
             mode: ``off`` computes the model without its fast weights.
@@ -113,7 +116,7 @@ class ModelSession:
         if fast:
             self.fast_weights = {layer: FastWeightState(config.ttt, batch=batch) for layer in fast}
         self.attention = {layer: KeyValueCache(batch=batch) for layer in range(config.model.layers)}
-        self._scan = scan_settings(config.parallel, groups.cp)
+        self._scan = scan_settings(config.parallel, scan_group)
         self._runs: TokenRuns | None = None
         self._split: SequenceLayout | None = None  # of a call that is dealt to the cp ranks
         self._wanted = LogitsOf.LAST

@@ -1,12 +1,10 @@
 """From a configuration to this rank's pipeline stage, ready to train."""
 
-import torch
-from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ttt.config.derived import padded_vocab_size, resolve_attention, ttt_layers
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.derived import padded_vocab_size, ttt_layers
+from megatron_ttt.config.schema import AttentionBackend, Config
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.model.initialize import initialize, pretraining_draw
 from megatron_ttt.model.layer_specs import decoder_block_spec
@@ -23,10 +21,11 @@ def build_model(
         groups: process groups; nothing is read from ``parallel_state``.
     """
     rule = config.ttt if ttt_layers(config) else None
-    backend = resolve_attention(config, cuda=torch.cuda.is_available(), transformer_engine=HAVE_TE)
+    fused = transformer.transformer_impl == "transformer_engine"
+    backend = AttentionBackend.transformer_engine if fused else AttentionBackend.torch
     spec = decoder_block_spec(
         transformer,
-        backend=backend.value,
+        backend=backend,
         fast_layers=frozenset(ttt_layers(config)),
         rule=rule,
         groups=groups,

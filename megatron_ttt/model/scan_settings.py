@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_ttt.config.derived import scan_timeout_s
 from megatron_ttt.config.schema import CommPrecision, ParallelConfig
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.parallel.cost import load_topology
@@ -14,16 +15,20 @@ from megatron_ttt.parallel.layout import SequenceOrder
 from megatron_ttt.parallel.scan_group import ScanGroup
 
 
-def scan_settings(parallel: ParallelConfig, cp_group: Any) -> ScanSettings:
-    """How states travel over a context-parallel group, in training, evaluation and reading.
+def scan_settings(parallel: ParallelConfig, scan_group: Any) -> ScanSettings:
+    """How states travel over a row's ranks, in training, evaluation and reading.
 
     Made once for a run or a session: the group remembers what its ranks have agreed on.
+
+    Args:
+        parallel: of the run.
+        scan_group: the ranks of a row; a communicator of its own, beside attention's.
     """
     constants = parallel.scan_constants
     topology = load_topology(Path(constants)) if constants is not None else None
     bf16 = parallel.scan_precision is CommPrecision.bf16
     return ScanSettings(
-        group=ScanGroup(cp_group, timeout_s=parallel.timeout_s, topology=topology),
+        group=ScanGroup(scan_group, timeout_s=scan_timeout_s(parallel), topology=topology),
         order=SequenceOrder(parallel.cp_order.value),
         algorithm=parallel.scan.value,
         message_dtype=torch.bfloat16 if bf16 else None,

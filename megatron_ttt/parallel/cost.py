@@ -53,7 +53,9 @@ class Topology:
 
 
 # Nodes of 8 GPUs with NVLink 4 and one 400 Gbit/s card per GPU, at the rates collectives reach.
-GPU_CLUSTER = Topology(8, Link(12e-6, 1 / 320e9), Link(25e-6, 1 / 42e9), 1 / 900e9)
+# A message is a batched send or receive called from Python: about 80 us of the host's time before
+# the network's 13 between nodes counts. Estimated; `tools/benchmark.py scan` measures it.
+GPU_CLUSTER = Topology(8, Link(80e-6, 1 / 320e9), Link(93e-6, 1 / 42e9), 1 / 900e9)
 # Processes of one machine that talk through gloo; `tools/benchmark.py scan` measures the real one.
 CPU_MACHINE = Topology(1 << 20, Link(2e-4, 1 / 2.5e9), Link(2e-4, 1 / 2.5e9), 1 / 7e9, 1.2)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,14 @@ class Ranks:
     Attributes:
         rank, world_size: in the whole job.
         groups: Megatron's process groups; everything below the entry point takes them from here.
+        scan_group: the context-parallel ranks once more, for states alone; ``None`` with cp = 1.
         device: where tensors live.
     """
 
     rank: int
     world_size: int
     groups: ProcessGroupCollection
+    scan_group: Any
     device: torch.device
 
     @property
@@ -78,38 +81,56 @@ def local_device(local_rank: int, devices: int) -> int:
 
 
 @contextmanager
-def model_parallel(config: Config, *, gloo_groups: bool | None = None) -> Iterator[Ranks]:
-    """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving.
-
-    ``gloo_groups``: beside them groups for CPU tensors; ``None``: where there is no GPU.
-    """
+def model_parallel(config: Config) -> Iterator[Ranks]:
+    """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         context_parallel_size=parallel.cp,
-        distributed_timeout_minutes=max(1, parallel.timeout_s // 60),
-        create_gloo_process_groups=(
-            not torch.cuda.is_available() if gloo_groups is None else gloo_groups
-        ),
+        distributed_timeout_minutes=-(-parallel.timeout_s // 60),
+        create_gloo_process_groups=False,  # the optimizer is told so as well: build_trainer
     )
+    scan_group = None
     try:
         model_parallel_cuda_manual_seed(config.train.seed, force_reset_rng=True)
         device = torch.device("cpu")
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        scan_group = _same_ranks(groups.cp, timeout_s=parallel.timeout_s)
         yield Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
-            groups=ProcessGroupCollection.use_mpu_process_groups(),
+            groups=groups,
+            scan_group=scan_group,
             device=device,
         )
     finally:
+        if scan_group is not None:
+            dist.destroy_process_group(scan_group)
         # Megatron destroys two of its groups and forgets the others, which keep their threads.
         for group in parallel_state._global_process_group_list or []:
             if group is not None:  # the list's None stands for the whole world
                 dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
+
+
+def _same_ranks(group: Any, *, timeout_s: int) -> Any:
+    """A communicator of its own for the ranks of ``group``; ``None`` for a single rank.
+
+    On NCCL what two users send through one communicator runs one after the other: a scan would
+    wait for attention's keys and values, and they for it.
+    """
+    if group.size() == 1:
+        return None
+    lists: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, dist.get_process_group_ranks(group))
+    every = sorted(set(map(tuple, lists)))
+    own, _ = dist.new_subgroups_by_enumeration(
+        [list(ranks) for ranks in every], timeout=timedelta(seconds=timeout_s)
+    )
+    return own
 
 
 @contextmanager

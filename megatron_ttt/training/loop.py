@@ -94,8 +94,8 @@ class Trainer:
             micro_batches=micro_batches(self.config, self.ranks.world_size),
             forward_only=False,
         )
-        step.observations.weight_squares = weight_squares(self.model.module, self.config)
         _, grad_norm, _ = self.optimizer.step()
+        step.observations.weight_squares = weight_squares(self.model, self.config)
         self.scheduler.step(self.config.train.global_batch_size)
         return loss, float(grad_norm), step.observations
 
@@ -242,7 +242,9 @@ def build_trainer(config: Config, ranks: Ranks) -> Trainer:
     wrapped = DistributedDataParallel(
         transformer, ddp_config(config), model, pg_collection=ranks.groups
     )
-    optimizer = get_megatron_optimizer(optimizer_config(config), [wrapped])
+    optimizer = get_megatron_optimizer(
+        optimizer_config(config), [wrapped], use_gloo_process_groups=False
+    )
     transformer.grad_scale_func = optimizer.scale_loss
     return Trainer(
         config,
@@ -250,7 +252,7 @@ def build_trainer(config: Config, ranks: Ranks) -> Trainer:
         wrapped,
         optimizer,
         lr_schedule(config, optimizer),
-        scan_settings(config.parallel, ranks.groups.cp),
+        scan_settings(config.parallel, ranks.scan_group),
     )
 
 

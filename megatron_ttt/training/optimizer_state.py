@@ -1,4 +1,8 @@
-"""torch's AdamW inside Megatron's distributed checkpoints: one ``step`` per parameter, kept."""
+"""AdamW's state inside Megatron's distributed checkpoints, above all its count of steps.
+
+torch's AdamW counts in a tensor per parameter, Transformer Engine's FusedAdam in the parameter
+group; the latter refuses to describe a state that holds anything but its moments.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +16,13 @@ _NOT_SETTINGS = ("params", "step")  # what loading is for
 
 
 def prime_adam(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW the state it creates in its first step, so that there is one to load."""
+    """Give torch's AdamW the state it creates in its first step, so that there is one to load.
+
+    Others need none: Megatron makes their moments when it loads.
+    """
     for part in _parts(optimizer):
+        if not isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state[parameter]
@@ -40,10 +49,10 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 def adam_steps(optimizer: MegatronOptimizer) -> set[float]:
     """The ``step`` values of all parameters: one value, unless something is wrong."""
     return {
-        float(state["step"])
+        float(holder["step"])
         for part in _parts(optimizer)
-        for state in part.optimizer.state.values()
-        if "step" in state
+        for holder in (*part.optimizer.state.values(), *part.optimizer.param_groups)
+        if "step" in holder
     }
 
 

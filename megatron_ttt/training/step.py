@@ -28,6 +28,7 @@ from megatron_ttt.model.sequence_layout import (
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.flops import visible_pairs
+from megatron_ttt.training.whole_stage import wait_for
 
 
 @dataclass
@@ -36,8 +37,8 @@ class Observations:
 
     Attributes:
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
-        weight_squares: per fast layer, the squared norm of this tensor rank's part of the W0 that
-            the step was computed with.
+        weight_squares: per fast layer, the squared norm of this tensor rank's part of W0 after
+            the step.
         tokens: tokens read, padding included, counted on this data-parallel rank.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         scans: per micro-batch, a record of every scan that was waited for.
@@ -170,18 +171,16 @@ def run_micro_batches(
     return LossSum(total, int(tokens))
 
 
-def weight_squares(model: Any, config: Config) -> dict[int, Tensor]:
-    """Squared norm (fp64) of this tensor rank's part of W0, per fast layer of the stage.
-
-    Asked for between a step's last backward and its update: there every weight is whole, and the
-    one that the step was computed with. Later, shards of other ranks may still be on their way.
-    """
+def weight_squares(model: DistributedDataParallel, config: Config) -> dict[int, Tensor]:
+    """Squared norm (fp64) of this tensor rank's part of W0, per fast layer of the stage."""
     fast = set(ttt_layers(config))
-    return {
-        layer.layer_number - 1: layer.mlp.linear_fc2.weight.detach().double().square().sum()
-        for layer in model.decoder.layers
+    weights = {
+        layer.layer_number - 1: layer.mlp.linear_fc2.weight
+        for layer in model.module.decoder.layers
         if layer.layer_number - 1 in fast
     }
+    wait_for(model, weights.values())
+    return {layer: weight.detach().double().square().sum() for layer, weight in weights.items()}
 
 
 def update_ratios(observations: Observations, config: Config, ranks: Ranks) -> dict[int, float]:

@@ -1,8 +1,10 @@
 """Waits for weights that are still being gathered, for whoever reads them outside a forward."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
+from torch.nn import Parameter
 
 
 def whole_stage(model: DistributedDataParallel) -> Any:
@@ -15,3 +17,11 @@ def whole_stage(model: DistributedDataParallel) -> Any:
     if model.use_forward_hook:
         model.start_param_sync(force_sync=True)
     return model.module
+
+
+def wait_for(model: DistributedDataParallel, weights: Iterable[Parameter]) -> None:
+    """Wait for some weights alone, so that the gathers of the others can still be hidden."""
+    if model.use_forward_hook:
+        for weight in weights:
+            group = model.param_to_bucket_group[weight]
+            group.finish_param_sync(skip_next_bucket_dispatch=True)

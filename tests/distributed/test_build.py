@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import Config
 from megatron_ttt.config.summary import parameter_counts
+from megatron_ttt.inference.model_session import scan_settings as reading_settings
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.parallel.cpu import megatron_on_cpu
@@ -79,3 +82,25 @@ def test_a_fresh_model_computes_what_the_plain_one_does(pool: RankPool) -> None:
     (on,) = pool.run(logits_at_start, config, True, ranks=1)
     (off,) = pool.run(logits_at_start, config, False, ranks=1)
     torch.testing.assert_close(on, off, rtol=0, atol=1e-6)
+
+
+def groups_made(rank: int, ranks: int, config: Config) -> tuple[list[int], list[int], float, bool]:
+    """Ranks of attention's group and of the scan's, the latter's timeout, whether they are one."""
+    with megatron_on_cpu(), model_parallel(config) as here:
+        # NCCL has no gloo twins of the groups: no optimizer may ask for one anywhere
+        assert parallel_state._DATA_PARALLEL_GROUP_WITH_CP_GLOO is None
+        trainer = build_trainer(config, here)
+        scan, attention = here.scan_group, here.groups.cp
+        assert trainer.scan.group.group is scan
+        assert reading_settings(config, scan).group.group is scan
+        timeout = scan._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        assert trainer.scan.group.timeout_s < timeout
+        members = [dist.get_process_group_ranks(group) for group in (attention, scan)]
+        return *members, timeout, scan is attention
+
+
+def test_states_travel_through_a_communicator_of_their_own(pool: RankPool) -> None:
+    config = tiny_config(tp=2, cp=2, timeout_s=75)
+    for rank, found in enumerate(pool.run(groups_made, config, ranks=4, timeout=150)):
+        same = [rank % 2, rank % 2 + 2]
+        assert found == (same, same, 75.0, False)

@@ -169,7 +169,7 @@ def states_of(
         step = ForwardStep(
             config,
             subject.ranks,
-            scan=scan_settings(config.parallel, subject.ranks.groups.cp),
+            scan=scan_settings(config.parallel, subject.ranks.scan_group),
             mode=TTTMode.in_place,
         )
         step(iter([batch]), subject.model)
@@ -246,7 +246,7 @@ def plain_gradient(rank: int, ranks: int, config: Config) -> tuple[float, dict[s
     """Loss and squared gradient norm of each parameter, by ``backward`` alone."""
     with subject_of(config) as subject:
         (batch,) = rows_of(config, subject.ranks)
-        scan = scan_settings(config.parallel, subject.ranks.groups.cp)
+        scan = scan_settings(config.parallel, subject.ranks.scan_group)
         step = ForwardStep(config, subject.ranks, scan=scan, mode=TTTMode.in_place)
         losses, _ = step(iter([batch]), subject.model)
         loss = (losses * batch.loss_mask_BT).sum() / batch.loss_mask_BT.sum()

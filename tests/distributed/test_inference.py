@@ -90,6 +90,7 @@ def compare(rank: int, ranks: int, config: Config, dtype: torch.dtype) -> dict[s
                 trainer.stage,
                 config,
                 here.groups,
+                scan_group=here.scan_group,
                 batch=len(LENGTHS),
                 device=here.device,
                 mode=mode,

@@ -1,5 +1,6 @@
 """What Megatron-core is told, field by field."""
 
+import importlib.util
 import math
 
 import pytest
@@ -9,6 +10,8 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 
+from megatron_ttt.config import to_megatron
+from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.load import CONFIG_DIR
 from megatron_ttt.config.overrides import group_options
 from megatron_ttt.config.to_megatron import (
@@ -121,3 +124,16 @@ def test_gradients_are_summed_in_fp32() -> None:
     assert found.use_distributed_optimizer
     assert found.overlap_grad_reduce and found.overlap_param_gather
     assert found.bucket_size == 7
+
+
+def test_an_engine_that_cannot_be_imported_is_not_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(to_megatron, "HAVE_TE", False)
+    config = configured("+model=tiny")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert transformer_config(config, device_is_cuda=True).transformer_impl == "local"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert transformer_config(config, device_is_cuda=False).transformer_impl == "local"
+    with pytest.raises(ConfigError, match="transformer_engine cannot be imported"):
+        transformer_config(config, device_is_cuda=True)
