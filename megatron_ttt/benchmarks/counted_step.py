@@ -7,7 +7,7 @@ The communicator is torch's fake one: this is rank 0 of a layout, its messages a
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -59,7 +59,7 @@ def meta_ranks(config: Config) -> Iterator[Ranks]:
         )
         stack.callback(dist.destroy_process_group)
         here = stack.enter_context(model_parallel(config))
-        yield Ranks(here.rank, here.world_size, here.groups, META)
+        yield replace(here, device=META)
 
 
 def build_meta_model(config: Config, ranks: Ranks) -> Any:

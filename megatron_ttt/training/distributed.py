@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.launcher import LaunchError, launched
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import Config, ParallelConfig
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 
 
@@ -98,7 +98,7 @@ def model_parallel(config: Config) -> Iterator[Ranks]:
         if torch.cuda.is_available():
             device = torch.device("cuda", torch.cuda.current_device())
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        scan_group = _same_ranks(groups.cp, timeout_s=parallel.timeout_s)
+        scan_group = _scan_group(parallel, groups)
         yield Ranks(
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
@@ -116,20 +116,26 @@ def model_parallel(config: Config) -> Iterator[Ranks]:
         parallel_state.destroy_model_parallel()
 
 
-def _same_ranks(group: Any, *, timeout_s: int) -> Any:
-    """A communicator of its own for the ranks of ``group``; ``None`` for a single rank.
+def _scan_group(parallel: ParallelConfig, groups: ProcessGroupCollection) -> Any:
+    """A communicator of its own for the ranks of ``groups.cp``; ``None`` for a single rank.
 
     On NCCL what two users send through one communicator runs one after the other: a scan would
     wait for attention's keys and values, and they for it.
     """
-    if group.size() == 1:
+    if parallel.cp == 1:
         return None
-    lists: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, dist.get_process_group_ranks(group))
-    every = sorted(set(map(tuple, lists)))
-    own, _ = dist.new_subgroups_by_enumeration(
-        [list(ranks) for ranks in every], timeout=timedelta(seconds=timeout_s)
+    generator = parallel_state.RankGenerator(
+        tp=parallel.tp,
+        ep=1,
+        dp=groups.dp.size(),
+        pp=parallel.pp,
+        cp=parallel.cp,
+        order="tp-cp-ep-dp-pp",  # Megatron's default
     )
+    own, _ = dist.new_subgroups_by_enumeration(
+        generator.get_ranks("cp"), timeout=timedelta(seconds=parallel.timeout_s)
+    )
+    assert dist.get_process_group_ranks(own) == dist.get_process_group_ranks(groups.cp)
     return own
 
 
