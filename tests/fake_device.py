@@ -29,7 +29,7 @@ from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import SequenceLayout
 from megatron_ttt.parallel.cpu import megatron_on
-from megatron_ttt.training.distributed import Ranks, model_parallel
+from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.step import ForwardStep
 from tests.unit.config.compose import configured
 
@@ -59,9 +59,9 @@ def model_on_fake_cuda(
         stack.enter_context(fake_group(ranks=ranks))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         with megatron_on(META):
-            here = stack.enter_context(model_parallel(config, gloo_groups=False))
-            model = build_meta_model(config, Ranks(0, ranks, here.groups, META))
-            on_cpu = Ranks(0, ranks, here.groups, torch.device("cpu"))
+            here = stack.enter_context(model_parallel(config))
+            model = build_meta_model(config, replace(here, device=META))
+            on_cpu = replace(here, device=torch.device("cpu"))
             scan = scan_settings(config.parallel, on_cpu.scan_group)
             layouts = {
                 mode: ForwardStep(config, on_cpu, scan=scan, mode=mode).layout(batch)

@@ -194,6 +194,8 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
             optimizer.warmup_steps,
             f"must be below train.steps={config.train.steps}",
         )
+    elif not (0 <= optimizer.warmup_fraction < 1 and 0 < optimizer.decay_fraction <= 1):
+        return  # bounds.py says so; there are no steps to compare
     elif derived.decay_steps(config) <= derived.warmup_steps(config) < config.train.steps:
         message = (
             f"ends the decay at step {derived.decay_steps(config)} of {config.train.steps}, not"

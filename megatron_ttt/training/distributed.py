@@ -1,6 +1,7 @@
 """The one place where a training program meets its environment: ranks, device, process groups."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.schema import Config, ParallelConfig
 from megatron_ttt.parallel.cpu import megatron_on_cpu
+from megatron_ttt.training.environment import missing_for_compilation
 
 
 @dataclass(frozen=True)
@@ -149,19 +151,26 @@ def distributed(config: Config) -> Iterator[Ranks]:
     Raises:
         LaunchError: the launcher's variables do not fit together, or do not fit this machine, or
             name a place where the ranks do not meet.
+        ConfigError: a node with GPUs lacks what ``torch.compile`` needs.
     """
     launch = launched()
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local_device(launch.local_rank, torch.cuda.device_count()))
+    device = None  # to which the process group is bound
+    if torch.cuda.is_available():
+        lacking = missing_for_compilation()
+        if lacking is not None:
+            raise ConfigError([Fault("node", socket.gethostname(), lacking)])
+        number = local_device(launch.local_rank, torch.cuda.device_count())
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
     with megatron_on_cpu():
         try:
             dist.init_process_group(
-                "nccl" if cuda else "gloo",
+                "gloo" if device is None else "nccl",
                 rank=launch.rank,
                 world_size=launch.world_size,
                 timeout=timedelta(seconds=config.parallel.timeout_s),
                 store=dist.HashStore() if launch.world_size == 1 else None,
+                device_id=device,
             )
         except dist.DistNetworkError as error:
             reason = str(error).splitlines()[0]

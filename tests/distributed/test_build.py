@@ -8,7 +8,6 @@ from megatron.core import parallel_state
 from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import Config
 from megatron_ttt.config.summary import parameter_counts
-from megatron_ttt.inference.model_session import scan_settings as reading_settings
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.parallel.cpu import megatron_on_cpu
@@ -92,7 +91,6 @@ def groups_made(rank: int, ranks: int, config: Config) -> tuple[list[int], list[
         trainer = build_trainer(config, here)
         scan, attention = here.scan_group, here.groups.cp
         assert trainer.scan.group.group is scan
-        assert reading_settings(config, scan).group.group is scan
         timeout = scan._get_backend(torch.device("cpu")).options._timeout.total_seconds()
         assert trainer.scan.group.timeout_s < timeout
         members = [dist.get_process_group_ranks(group) for group in (attention, scan)]

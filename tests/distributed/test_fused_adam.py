@@ -71,6 +71,7 @@ def engine_optimizer() -> Iterator[None]:
     """Megatron-core as it is where Transformer Engine is installed, as far as optimizers go."""
     with (
         mock.patch.object(optimizers, "Adam", FusedAdam),
+        mock.patch.object(distrib_optimizer, "Adam", FusedAdam),
         mock.patch.object(optimizers, "USING_PYTORCH_OPTIMIZER", False),
         mock.patch.object(distrib_optimizer, "HAVE_APEX_OR_TE", True),
         mock.patch.object(distrib_optimizer, "USING_TE_OPTIMIZER", True),
