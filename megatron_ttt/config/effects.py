@@ -259,6 +259,9 @@ TRAINING_EFFECTS: Effects = {
         Condition("checkpoint.keep_last", lambda c: c.checkpoint.keep_last is not None),
     ),
     "checkpoint.async_save": ALWAYS,
+    "checkpoint.periodic": (
+        Condition("parallel.distributed_optimizer", lambda c: c.parallel.distributed_optimizer),
+    ),
     "validation.interval": ALWAYS,
     "validation.batches": (
         Condition("validation.interval", lambda c: c.validation.interval is not None),

@@ -180,7 +180,9 @@ def faults_here(config: Config, *, world_size: int) -> list[Fault]:
         faults = validate(config, world_size, cuda=True, transformer_engine=True)
     else:
         cuda = _cuda_matters(config) and _cuda_present()
-        installed = _transformer_engine_matters(config) and _transformer_engine_present()
+        # Asked where it could be used alone: the answer takes importing it.
+        matters = cuda and _transformer_engine_matters(config)
+        installed = matters and _transformer_engine_present()
         faults = validate(config, world_size, cuda=cuda, transformer_engine=installed)
         if not {fault.key for fault in faults} & {"model.name", "run.name", "run.dir"}:
             faults += run_directory_faults(config)

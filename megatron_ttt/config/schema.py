@@ -98,6 +98,17 @@ class Bos(Enum):
     none = "none"
 
 
+class OptimizerForm(Enum):
+    """How a checkpoint lays out optimizer state, and so at which layouts a run goes on from it.
+
+    ``fully_reshardable``: at any; every rank gathers its tp and pp part on the host to save it.
+    ``dp_reshardable``: at other dp and cp sizes; every rank saves what it holds.
+    """
+
+    fully_reshardable = "fully_reshardable"
+    dp_reshardable = "dp_reshardable"
+
+
 class TokenizerKind(Enum):
     bytes = "bytes"
     huggingface = "huggingface"
@@ -246,6 +257,8 @@ class CheckpointConfig:
     keep_last: int | None = None
     keep_every: int | None = None
     async_save: bool = False
+    # of all checkpoints but the one after the last step, which loads at any layout
+    periodic: OptimizerForm = OptimizerForm.fully_reshardable
 
 
 @dataclass

@@ -191,6 +191,9 @@ class _LoaderFactory:
             ),
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=leave_with_parent_alone,
+            # Children of this process, whatever the default: a server that forks them would be
+            # ended by a signal to all processes of the run, and they with it.
+            multiprocessing_context="fork" if data.workers > 0 else None,
             # the workers of the validation loader wait for its next round
             persistent_workers=data.workers > 0,
             # its own generator: the loader would draw a seed from the global one at every start

@@ -42,6 +42,7 @@ from megatron_ttt.inference.megatron_backend import model_tokenizer
 from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.model.initialize import Origin
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
 from megatron_ttt.training.checkpoint_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.training.distributed import Ranks, distributed
@@ -270,7 +271,9 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     with distributed(reading) as ranks:
         transformer = transformer_config(reading, device_is_cuda=ranks.device.type == "cuda")
-        model = build_model(reading, transformer, ranks.groups).to(ranks.device).eval()
+        model = (
+            build_model(reading, transformer, ranks.groups, Origin.LOADED).to(ranks.device).eval()
+        )
         if source.megatron is None:
             tp = ranks.groups.tp
             load_hf_weights(source.path, model, reading, tp_rank=tp.rank(), tp_size=tp.size())

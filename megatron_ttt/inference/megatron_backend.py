@@ -42,6 +42,7 @@ from megatron_ttt.inference.state_files import (
 )
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
+from megatron_ttt.model.initialize import Origin
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
 from megatron_ttt.training.distributed import Ranks, distributed
 
@@ -111,7 +112,9 @@ def megatron_backend(
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     with distributed(config) as ranks:
         transformer = transformer_config(config, device_is_cuda=ranks.device.type == "cuda")
-        model = build_model(config, transformer, ranks.groups).to(ranks.device).eval()
+        model = (
+            build_model(config, transformer, ranks.groups, Origin.LOADED).to(ranks.device).eval()
+        )
         try:
             load_model(path, model, ranks=ranks)
         except UnfitCheckpoint as error:

@@ -1,17 +1,21 @@
 """From a configuration to this rank's pipeline stage, ready to train."""
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ttt.config.derived import padded_vocab_size, ttt_layers
 from megatron_ttt.config.schema import AttentionBackend, Config
 from megatron_ttt.model.gpt import InPlaceTTTModel
-from megatron_ttt.model.initialize import initialize, pretraining_draw
+from megatron_ttt.model.initialize import Origin, initialize, pretraining_draw
 from megatron_ttt.model.layer_specs import decoder_block_spec
 
 
 def build_model(
-    config: Config, transformer: TransformerConfig, groups: ProcessGroupCollection
+    config: Config,
+    transformer: TransformerConfig,
+    groups: ProcessGroupCollection,
+    start: Origin = Origin.DRAWN,
 ) -> InPlaceTTTModel:
     """Build and initialise this rank's stage.
 
@@ -19,6 +23,7 @@ def build_model(
         config: the run.
         transformer: Megatron's view of it (``config/to_megatron.py``).
         groups: process groups; nothing is read from ``parallel_state``.
+        start: whether values are drawn, or something is loaded into the model next.
     """
     rule = config.ttt if ttt_layers(config) else None
     fused = transformer.transformer_impl == "transformer_engine"
@@ -39,6 +44,10 @@ def build_model(
         max_sequence_length=config.train.seq_length,
         groups=groups,
     )
+    if start is Origin.LOADED:
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        return model
     initialize(
         model,
         seed=config.train.seed,
@@ -46,5 +55,6 @@ def build_model(
         tp_rank=groups.tp.rank(),
         tp_size=groups.tp.size(),
         draw=pretraining_draw(config.model),
+        replicas=groups.dp_cp,
     )
     return model

@@ -8,12 +8,23 @@ model.
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from enum import Enum
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ttt.config.schema import ModelConfig
 from megatron_ttt.rule import Start, added_start
+
+
+class Origin(Enum):
+    """Where a model's values come from."""
+
+    DRAWN = "drawn"  # from the seed
+    LOADED = "loaded"  # from a checkpoint, next; 0 until then, also what that leaves out (padding)
+
 
 Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
 
@@ -80,8 +91,12 @@ def initialize(
     tp_rank: int,
     tp_size: int,
     draw: Draw,
+    replicas: Any = None,
 ) -> None:
     """Fill this rank's parameters with their slices of the whole drawn tensors.
+
+    A tensor is one stream of a serial generator, so a slice cannot be drawn without what is before
+    it. Ranks that hold the same slices draw a share of the tensors each, and send it to the others.
 
     Args:
         model: a pipeline stage of :class:`InPlaceTTTModel`.
@@ -89,8 +104,12 @@ def initialize(
         vocab_size: real rows of the vocabulary; rows that pad it become 0.
         tp_rank, tp_size: this rank's slice.
         draw: gives a whole tensor for (name, shape, generator).
+        replicas: process group of the ranks with the same slices; ``None``: draw everything here.
     """
-    for name, parameter in global_parameters(model):
+    ranks = 1 if replicas is None else replicas.size()
+    rank = 0 if replicas is None else replicas.rank()
+    parameters = list(global_parameters(model))
+    for name, parameter in parameters[rank::ranks]:
         axis = sharded_dim(parameter)
         shape = list(parameter.shape)
         if axis is not None:
@@ -108,6 +127,10 @@ def initialize(
             if axis is not None:
                 value = value.chunk(tp_size, axis)[tp_rank]
         parameter.copy_(value)
+    if replicas is not None and ranks > 1:
+        members = dist.get_process_group_ranks(replicas)
+        for place, (_, parameter) in enumerate(parameters):
+            dist.broadcast(parameter, src=members[place % ranks], group=replicas)
 
 
 def _whole(name: str, shape: tuple[int, ...], seed: int, draw: Draw) -> Tensor:

@@ -30,20 +30,20 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.schema import OptimizerForm
 from megatron_ttt.conversion.tensor_only import tensor_only
 from megatron_ttt.training import checkpoint_files as files
 from megatron_ttt.training.checkpoint_files import DamagedCheckpoint, Progress
 from megatron_ttt.training.distributed import Ranks
-from megatron_ttt.training.optimizer_state import load_optimizer, prime_adam
+from megatron_ttt.training.optimizer_state import (
+    bucket_sizes,
+    load_optimizer,
+    padding_between_buckets,
+    prime_adam,
+)
 from megatron_ttt.training.resilience import agree, on_first_rank, reason
 from megatron_ttt.training.whole_stage import whole_stage
 
-# Layers differ (fast and plain ones), so each is stored under its own number; optimizer state is
-# stored in the shape of the parameters, which alone loads at other TP and PP sizes.
-METADATA = {
-    "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-}
 _WORDS = 300  # of a library's complaint, which may list every tensor of the model
 
 
@@ -73,12 +73,22 @@ class Found:
     facts: dict[str, Any]
 
 
-def sharded_state(state: TrainingState, ranks: Ranks) -> dict[str, Any]:
+def content(form: OptimizerForm) -> dict[str, Any]:
+    """What Megatron is told of a checkpoint's content.
+
+    Layers differ (fast and plain ones), so each is stored under its own number.
+    """
+    return {"non_homogeneous_layers": True, "distrib_optim_sharding_type": form.value}
+
+
+def sharded_state(state: TrainingState, ranks: Ranks, form: OptimizerForm) -> dict[str, Any]:
     """Megatron's description of everything to save: tensors with their places in the whole."""
     model = whole_stage(state.model).sharded_state_dict(metadata=_metadata(ranks))
+    with padding_between_buckets(state.optimizer):
+        optimizer = state.optimizer.sharded_state_dict(model, metadata=_metadata(ranks, form))
     return {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, metadata=_metadata(ranks)),
+        "optimizer": optimizer,
         "scheduler": state.scheduler.state_dict(),
         "rng": _sharded_rng(ranks),
     }
@@ -91,13 +101,15 @@ def load(found: Found, state: TrainingState, *, ranks: Ranks, seed: int) -> None
     rank derives a new one from (seed, step, rank).
 
     Raises:
-        UnfitCheckpoint: the folder holds another model.
+        UnfitCheckpoint: the folder holds another model, or its optimizer in a form that does not
+            load at this layout.
     """
+    form = _form(found, state, ranks)
     same_layout = found.facts.get("layout") == layout(ranks)
     prime_adam(state.optimizer)
     model = state.model.module.sharded_state_dict(metadata=_metadata(ranks))
     optimizer = state.optimizer.sharded_state_dict(
-        model, is_loading=True, metadata=_metadata(ranks)
+        model, is_loading=True, metadata=_metadata(ranks, form)
     )
     wanted: dict[str, Any] = {"model": model, "optimizer": optimizer}
     if same_layout:
@@ -204,8 +216,32 @@ def _read(wanted: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
         raise UnfitCheckpoint(f"{folder}: {reason(error)[:_WORDS]}") from error
 
 
-def _metadata(ranks: Ranks) -> dict[str, Any]:
-    return {**METADATA, "dp_cp_group": ranks.groups.dp_cp}
+def _metadata(
+    ranks: Ranks, form: OptimizerForm = OptimizerForm.fully_reshardable
+) -> dict[str, Any]:
+    return {**content(form), "dp_cp_group": ranks.groups.dp_cp}
+
+
+def _form(found: Found, state: TrainingState, ranks: Ranks) -> OptimizerForm:
+    """In which form the optimizer lies there, if that loads at this layout."""
+    said = found.facts.get("optimizer", {"form": OptimizerForm.fully_reshardable.value})
+    form = OptimizerForm(said["form"])
+    if form is OptimizerForm.fully_reshardable:
+        return form
+    sizes = found.facts["layout"]
+    before, now = ({key: place[key] for key in ("tp", "pp")} for place in (sizes, layout(ranks)))
+    buckets = on_first_rank(ranks, lambda: bucket_sizes(state.optimizer))
+    if before == now and said["buckets"] == buckets:
+        return form
+    differs = "gradient buckets (parallel.bucket_size, overlap_grad_reduce) are others"
+    if before != now:
+        differs = f"now tp={now['tp']} pp={now['pp']}"
+    raise UnfitCheckpoint(
+        f"{found.folder}: its optimizer was saved as {form.value}, with tp={before['tp']} "
+        f"pp={before['pp']}, and loads with these alone: {differs}; the checkpoint after the last "
+        "step and those of checkpoint.periodic=fully_reshardable load at any layout, and the "
+        "weights alone do so with checkpoint.load"
+    )
 
 
 def _sharded_rng(ranks: Ranks) -> ShardedObject:

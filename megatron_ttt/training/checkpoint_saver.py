@@ -36,10 +36,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ttt.config.schema import OptimizerForm
 from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint import METADATA, TrainingState, layout, sharded_state
+from megatron_ttt.training.checkpoint import TrainingState, content, layout, sharded_state
 from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.distributed import Ranks
+from megatron_ttt.training.optimizer_state import bucket_sizes, saves_by_bucket
 from megatron_ttt.training.resilience import agree, on_first_rank, reason
 
 
@@ -90,15 +92,24 @@ class CheckpointSaver:
         self._calls = AsyncCallsQueue()
         self._pending: int | None = None  # step of the checkpoint under way
         self._folder: Path | None = None  # where it is being written
+        self._form = OptimizerForm.fully_reshardable  # of that checkpoint
 
-    def save(self, progress: Progress) -> None:
+    def save(
+        self, progress: Progress, form: OptimizerForm = OptimizerForm.fully_reshardable
+    ) -> None:
         """Save now, or begin to; an earlier save still under way is completed first.
+
+        Args:
+            progress: of the run.
+            form: of the optimizer's state. Where Megatron cannot save it by bucket it becomes
+                ``fully_reshardable``, and that is reported.
 
         Raises:
             SaveFailed: this or the earlier one could not be saved.
         """
         self.finish()
         self._pending = progress.step
+        self._form = self._possible(form)
         folder = self._guarded(partial(on_first_rank, self.ranks, partial(self._prepare, progress)))
         self._folder = folder
         request = self._guarded(partial(self._request, folder, progress))
@@ -107,6 +118,20 @@ class CheckpointSaver:
             return
         self._guarded(partial(self._write_now, request))
         self._pending = None
+
+    def _possible(self, form: OptimizerForm) -> OptimizerForm:
+        if form is OptimizerForm.fully_reshardable:
+            return form
+        cannot = not saves_by_bucket(self.state.optimizer)
+        somewhere = torch.tensor(int(cannot), device=self.ranks.device)
+        dist.all_reduce(somewhere, op=dist.ReduceOp.MAX)
+        if not int(somewhere):
+            return form
+        full = OptimizerForm.fully_reshardable
+        self._report(
+            f"saving as {full.value}: Megatron cannot save these gradient buckets one by one"
+        )
+        return full
 
     def poll(self) -> None:
         """Publish the checkpoint under way if every rank has written its part; do not wait.
@@ -144,7 +169,7 @@ class CheckpointSaver:
 
     def _request(self, folder: Path, progress: Progress) -> AsyncRequest:
         """Megatron's plan, with our writing function, ending in the publication."""
-        state = sharded_state(self.state, self.ranks)
+        state = sharded_state(self.state, self.ranks, self._form)
         strategy = FullyParallelSaveStrategyWrapper(
             get_default_save_sharded_strategy(), self.ranks.groups.dp_cp
         )
@@ -155,7 +180,7 @@ class CheckpointSaver:
                 str(folder),
                 strategy,
                 async_sharded_save=True,
-                content_metadata=dict(METADATA),
+                content_metadata=content(self._form),
                 **({"async_strategy": "mcore"} if newer else {}),
             )
         assert request is not None
@@ -193,8 +218,11 @@ class CheckpointSaver:
             finalize()
 
     def _publish(self, folder: Path, progress: Progress) -> None:
+        said = {"form": self._form.value, "buckets": bucket_sizes(self.state.optimizer)}
+
         def publish() -> Path:
-            final = files.publish(self.root, folder, progress, self._facts)
+            facts = {**self._facts, "optimizer": said}
+            final = files.publish(self.root, folder, progress, facts)
             keep = self._retention
             files.remove_surplus(self.root, keep_last=keep.last, keep_every=keep.every)
             return final

@@ -21,12 +21,13 @@ from rich.console import Console
 from megatron_ttt.config.derived import micro_batches, ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.run_directory import CONFIG_FILE, plain
-from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.config.schema import Config, OptimizerForm, TTTMode
 from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transformer_config
 from megatron_ttt.data.batches import DataStreams, build_data
 from megatron_ttt.data.fingerprint import fingerprint
 from megatron_ttt.data.sources import Source, open_source
 from megatron_ttt.model.build import build_model
+from megatron_ttt.model.initialize import Origin
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.training import resilience
@@ -38,7 +39,7 @@ from megatron_ttt.training.flops import training_flops
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
 from megatron_ttt.training.progress import Progress
 from megatron_ttt.training.resilience import STOPPED, Displaced, StopRequest, on_first_rank
-from megatron_ttt.training.resume import start
+from megatron_ttt.training.resume import start, weights_follow
 from megatron_ttt.training.run_folder import sole_writer
 from megatron_ttt.training.schedule import lr_schedule
 from megatron_ttt.training.step import (
@@ -135,7 +136,8 @@ def pretrain(config: Config, given: Collection[str] = ()) -> int:
         console = Console(quiet=not ranks.is_first)
         report = partial(console.print, **PLAIN)
         ours = stack.enter_context(sole_writer(config, ranks, report))
-        trainer = build_trainer(config, ranks)
+        begin = Origin.LOADED if weights_follow(config, ranks) else Origin.DRAWN
+        trainer = build_trainer(config, ranks, begin)
         source, identity = open_corpus(config, ranks)
         progress = start(config, trainer.state, ranks, report, data=identity, given=given)
         data = open_data(config, source, ranks, progress)
@@ -234,10 +236,10 @@ def open_data(config: Config, source: Source, ranks: Ranks, progress: Progress) 
         raise ConfigError([Fault("data.path", config.data.path, str(error))]) from error
 
 
-def build_trainer(config: Config, ranks: Ranks) -> Trainer:
-    """Model, DDP, optimizer and schedule of this rank."""
+def build_trainer(config: Config, ranks: Ranks, begin: Origin = Origin.DRAWN) -> Trainer:
+    """Model, DDP, optimizer and schedule of this rank; ``begin``: where weights come from."""
     transformer = transformer_config(config, device_is_cuda=ranks.device.type == "cuda")
-    model = build_model(config, transformer, ranks.groups).to(ranks.device)
+    model = build_model(config, transformer, ranks.groups, begin).to(ranks.device)
     transformer.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
         transformer, ddp_config(config), model, pg_collection=ranks.groups
@@ -304,7 +306,9 @@ def train(
         due = interval is not None and step % interval == 0
         if due or stopping or step == config.train.steps:
             written = sync_file(reporter.file.path) if reporter is not None else 0
-            saver.save(replace(progress, metrics_bytes=written))
+            last = step == config.train.steps or not config.parallel.distributed_optimizer
+            form = OptimizerForm.fully_reshardable if last else config.checkpoint.periodic
+            saver.save(replace(progress, metrics_bytes=written), form)
         if stopping:
             return False
     return True

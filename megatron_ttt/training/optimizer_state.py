@@ -4,8 +4,9 @@ torch's AdamW counts in a tensor per parameter, Transformer Engine's FusedAdam i
 group; the latter refuses to describe a state that holds anything but its moments.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     Settings of parameter groups (learning rates, betas) stay those of this run's configuration.
     """
     settings = {_key(group): dict(group) for group in _groups(optimizer)}
-    with _step_left_alone(optimizer):
+    # In fp32 the optimizer's tensors are views of the parameters themselves.
+    with torch.no_grad(), _step_left_alone(optimizer):
         optimizer.load_state_dict(state)
     _separate_steps(optimizer)
     for group in _groups(optimizer):
@@ -48,12 +50,13 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
 def adam_steps(optimizer: MegatronOptimizer) -> set[float]:
     """The ``step`` values of all parameters: one value, unless something is wrong."""
-    return {
-        float(holder["step"])
-        for part in _parts(optimizer)
-        for holder in (*part.optimizer.state.values(), *part.optimizer.param_groups)
-        if "step" in holder
-    }
+    found: set[float] = set()
+    for part in _parts(optimizer):
+        per_parameter = [state for state in part.optimizer.state.values() if "step" in state]
+        # A group's own count is FusedAdam's; torch's AdamW has one from a load and never moves it.
+        holders = per_parameter or [g for g in part.optimizer.param_groups if "step" in g]
+        found |= {float(holder["step"]) for holder in holders}
+    return found
 
 
 def _groups(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
@@ -64,6 +67,80 @@ def _groups(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
 def _key(group: dict[str, Any]) -> tuple[int, ...]:
     """Loading makes new groups of the same parameters."""
     return tuple(id(parameter) for parameter in group["params"])
+
+
+def bucket_sizes(optimizer: MegatronOptimizer) -> list[Any]:
+    """Parameters in each bucket of a distributed optimizer, without what pads it to its ranks.
+
+    They do not depend on the number of data-parallel ranks; optimizer state that was saved bucket
+    by bucket loads where they are equal.
+    """
+    return [
+        [size for sizes in buffer.values() for size in sizes]
+        for part in _parts(optimizer)
+        for buffer in getattr(part, "per_bucket_numel_unpadded", [])
+    ]
+
+
+@contextmanager
+def padding_between_buckets(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Let Megatron find each parameter's state in what it has gathered for a checkpoint.
+
+    ``get_parameter_state_dp_zero`` leaves out what pads a bucket to the data-parallel ranks, and
+    its reader ``sharded_param_state_fully_reshardable`` counts it (both supported lines; it warns
+    of a "param range exceeds unpadded buffer"): behind such a bucket every parameter is saved from
+    another's place. Tied embeddings with several stages, and overlapped gradients, make several
+    buckets. Inside this context the padding is put back, as zeros that nothing reads.
+    """
+    undo = []
+    for part in _parts(optimizer):
+        gathered = getattr(part, "get_parameter_state_dp_zero", None)
+        if gathered is not None:  # a distributed optimizer
+            part.get_parameter_state_dp_zero = partial(_padded_state, part, gathered)
+            undo.append(part)
+    try:
+        yield
+    finally:
+        for part in undo:
+            del part.get_parameter_state_dp_zero
+
+
+def _padded_state(part: Any, gathered: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    state = gathered(*args, **kwargs)
+    if state is None:  # another rank holds it
+        return None
+    for place, buffer in enumerate(part.buffers):
+        for tensors in state[place].values():
+            for key, tensor in tensors.items():
+                if isinstance(tensor, Tensor):
+                    pieces = tensor.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                    whole = tensor.new_zeros(sum(b.grad_data.numel() for b in buffer.buckets))
+                    for bucket, piece in zip(buffer.buckets, pieces, strict=True):
+                        whole[bucket.offset : bucket.offset + len(piece)] = piece
+                    tensors[key] = whole
+    return state
+
+
+def saves_by_bucket(optimizer: MegatronOptimizer) -> bool:
+    """Whether Megatron can save this rank's part of the state bucket by bucket.
+
+    It saves no bucket of which a rank holds no parameter, and misplaces the padding behind the last
+    parameter where that is not all padding to the ranks (``sharded_param_state_dp_reshardable`` of
+    both supported lines: the piece ends beyond the tensor, and the save fails).
+    """
+    for part in _parts(optimizer):
+        for place, buffer in enumerate(getattr(part, "gbuf_ranges", [])):
+            group = part.data_parallel_group
+            for number, bucket in enumerate(
+                held for buckets in buffer.values() for held in buckets
+            ):
+                whole = part.buffers[place].buckets[number]
+                size = whole.grad_data.numel() // group.size()
+                first = group.rank() * size
+                ends = [ranges["gbuf_local"].end for ranges in bucket["param_map"].values()]
+                if not ends or first + max(ends) < whole.numel_unpadded < first + size:
+                    return False
+    return True
 
 
 def _parts(optimizer: MegatronOptimizer) -> Iterator[Any]:

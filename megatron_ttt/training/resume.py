@@ -19,6 +19,15 @@ from megatron_ttt.training.resilience import agree, on_first_rank
 from megatron_ttt.training.schedule import fit_schedule
 
 
+def weights_follow(config: Config, ranks: Ranks) -> bool:
+    """Whether :func:`start` loads weights (or refuses to start): then none need to be drawn."""
+    if config.checkpoint.load is not None or config.run.resume not in ("auto", "never"):
+        return True
+    root = Path(config.run.dir) / "checkpoints"
+    resumes = config.run.resume == "auto"
+    return resumes and on_first_rank(ranks, lambda: bool(files.complete_folders(root)))
+
+
 def start(
     config: Config,
     state: TrainingState,

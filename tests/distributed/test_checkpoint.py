@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import Config, OptimizerForm
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint_files import Progress
+from megatron_ttt.training.checkpoint_files import Progress, read_manifest
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import Trainer, build_trainer
@@ -63,7 +63,12 @@ def progress_at(step: int) -> Progress:
     return Progress(step, 8 * step, 8 * 128 * step, 0)
 
 
-def run_leg(rank: int, ranks: int, config: Config, root: Path, first: int) -> Leg:
+FULL, BY_BUCKET = OptimizerForm.fully_reshardable, OptimizerForm.dp_reshardable
+
+
+def run_leg(
+    rank: int, ranks: int, config: Config, root: Path, first: int, form: OptimizerForm = FULL
+) -> Leg:
     """Train steps ``first`` to ``WHOLE``, from the checkpoint unless at 0; save after ``HALF``."""
     report = RunReport()
     with megatron_on_cpu(), model_parallel(config) as here:
@@ -79,7 +84,7 @@ def run_leg(rank: int, ranks: int, config: Config, root: Path, first: int) -> Le
             batch = global_batch(config, step, packed=True)
             train_one(trainer, batch, report, keep_gradients=False)
             if step + 1 == HALF:
-                saver(root, trainer).save(progress_at(HALF))
+                saver(root, trainer).save(progress_at(HALF), form)
         ratios = [ratio for step in report.ratios for ratio in step.values()]
         draws = torch.rand(2).tolist()
         steps = adam_steps(trainer.optimizer)
@@ -106,6 +111,9 @@ LAYOUTS: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
     ((1, {}), (2, {"cp": 2})),
     ((2, {"cp": 2}), (4, {"tp": 2, "pp": 2})),
     ((4, {"tp": 2, "cp": 2}), (2, {})),
+    # A tied embedding is a bucket of its own with several stages; its padding lies between others.
+    ((4, {"pp": 2}), (2, {"tp": 2})),
+    ((2, {"bucket_size": 4000, "overlap_grad_reduce": True}), (1, {})),
 ]
 
 
@@ -125,9 +133,67 @@ def test_a_run_goes_on_at_another_layout(
         assert leg.adam_steps == {float(WHOLE)}
 
 
-def test_the_same_layout_goes_on_bit_by_bit(pool: RankPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, {}), (1, {})),
+        ((2, {"tp": 2}), (4, {"tp": 2, "cp": 2})),
+        ((4, {"pp": 2}), (2, {"pp": 2})),
+    ],
+    ids=str,
+)
+def test_state_by_bucket_goes_on_with_other_numbers_of_data_ranks(
+    pool: RankPool,
+    tmp_path: Path,
+    before: tuple[int, dict[str, Any]],
+    after: tuple[int, dict[str, Any]],
+) -> None:
+    first, second = (tiny_config(**LIVE, **changes) for _, changes in (before, after))
+    whole = pool.run(run_leg, first, tmp_path, 0, BY_BUCKET, ranks=before[0], timeout=150)[0]
+    facts = read_manifest(tmp_path / f"step_{HALF:08d}").facts
+    # With two stages the last bucket's padding lies where Megatron cannot save it by bucket.
+    possible = FULL if before[1].get("pp") == 2 else BY_BUCKET
+    assert facts["optimizer"]["form"] == possible.value
+    for leg in pool.run(run_leg, second, tmp_path, HALF, ranks=after[0], timeout=150):
+        assert relative(leg.losses, whole.losses[HALF:]) < LOSS_BOUND
+        assert relative(leg.grad_norms, whole.grad_norms[HALF:]) < NORM_BOUND
+        assert leg.adam_steps == {float(WHOLE)}
+
+
+def refusals(rank: int, ranks: int, saved: Config, others: list[Config], root: Path) -> list[str]:
+    """What loading a checkpoint of ``saved`` says at each of the other layouts."""
+    with megatron_on_cpu(), model_parallel(saved) as here:
+        saver(root, untrained(saved, here)).save(progress_at(1), BY_BUCKET)
+    said = []
+    for config in others:
+        with megatron_on_cpu(), model_parallel(config) as here:
+            trainer = build_trainer(config, here)
+            found = checkpoint.newest(root, here, lambda _: None)
+            assert found is not None
+            with pytest.raises(checkpoint.UnfitCheckpoint) as refused:
+                checkpoint.load(found, trainer.state, ranks=here, seed=config.train.seed)
+            said.append(str(refused.value))
+    return said
+
+
+def test_state_by_bucket_is_refused_in_one_line_where_it_does_not_load(
+    pool: RankPool, tmp_path: Path
+) -> None:
+    others = [tiny_config(pp=2), tiny_config(), tiny_config(tp=2, bucket_size=4000)]
+    others[2].parallel.overlap_grad_reduce = True
+    for lines in pool.run(refusals, tiny_config(tp=2), others, tmp_path, ranks=2, timeout=150):
+        assert not any("\n" in line for line in lines)
+        assert "with tp=2 pp=1, and loads with these alone: now tp=1 pp=2; " in lines[0]
+        assert "now tp=1 pp=1; " in lines[1]
+        assert "gradient buckets (parallel.bucket_size, overlap_grad_reduce) are others" in lines[2]
+
+
+@pytest.mark.parametrize("form", list(OptimizerForm), ids=lambda form: form.value)
+def test_the_same_layout_goes_on_bit_by_bit(
+    pool: RankPool, tmp_path: Path, form: OptimizerForm
+) -> None:
     config = tiny_config(**LIVE, tp=2)
-    whole = pool.run(run_leg, config, tmp_path, 0, ranks=2, timeout=150)
+    whole = pool.run(run_leg, config, tmp_path, 0, form, ranks=2, timeout=150)
     for leg, straight in zip(
         pool.run(run_leg, config, tmp_path, HALF, ranks=2, timeout=150), whole, strict=True
     ):

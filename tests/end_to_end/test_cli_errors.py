@@ -136,7 +136,7 @@ def test_the_plan_of_a_bad_configuration(tmp_path: Path) -> None:
 def test_help_and_configuration(tmp_path: Path) -> None:
     shown = start(tmp_path, "--help")
     assert shown.returncode == 0
-    assert "experiment: evidence_micro" in shown.stdout
+    assert "experiment: demo, evidence_micro" in shown.stdout
     assert "seq_length" in shown.stdout
     config = start(tmp_path, "--cfg", "job", "+model=tiny", "ttt=off", "train.steps=7")
     assert config.returncode == 0

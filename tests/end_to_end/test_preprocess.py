@@ -129,7 +129,7 @@ def test_interrupted_from_the_keyboard(corpus: Path, whole: Path, tmp_path: Path
     [
         (["nowhere.jsonl"], "input nowhere.jsonl does not exist"),
         (["{corpus}", "--align", "-3"], "--align -3"),
-        (["{corpus}", "--align", "many"], "argument --align: invalid int value: 'many'"),
+        (["{corpus}", "--align", "many"], "argument --align: 'many': must be a whole number"),
         (["{corpus}", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
         (["{corpus}", "--tokenizer", "{folder}"], "cannot be loaded"),
         (["{corpus}", "--on-error", "stop"], "x.jsonl:1235 bad_json (--on-error stop)"),

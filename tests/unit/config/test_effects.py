@@ -44,6 +44,7 @@ IDLE = {
     "checkpoint.keep_last": "checkpoint.keep_last=null",
     "validation.interval": "validation.interval=null",
     "logging.wandb": "logging.wandb=disabled",
+    "parallel.distributed_optimizer": "parallel.distributed_optimizer=false",
 }
 OF_ONE_KEY = {"data.changed": "run.resume=never"}  # where another key's word would not do
 # Words under which every condition holds, and every value is there.

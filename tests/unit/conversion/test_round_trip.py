@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import TTTConfig
+from megatron_ttt.config.schema import OptimizerForm, TTTConfig
 from megatron_ttt.conversion.difference import differences
 from megatron_ttt.conversion.exporting import Style
 from megatron_ttt.conversion.importing import CONTENT
 from megatron_ttt.conversion.megatron_folder import MegatronFolder
-from megatron_ttt.training.checkpoint import METADATA
+from megatron_ttt.training.checkpoint import content
 from megatron_ttt.training.checkpoint_files import check_files, read_manifest
 from tests.unit.conversion.folders import (
     QWEN3,
@@ -73,7 +73,7 @@ def test_manifest_is_that_of_a_training_checkpoint(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "megatron")
     check_files(tmp_path / "megatron", manifest.files)
     assert manifest.progress.step == 0
-    assert CONTENT == METADATA
+    assert content(OptimizerForm.fully_reshardable) == CONTENT
 
 
 def test_plain_checkpoints_get_a_target_generator(tmp_path: Path) -> None:

@@ -70,8 +70,12 @@ def test_float64_equals_the_reference(case: Case) -> None:
 @given(case=cases())
 def test_float32_is_near_the_reference(case: Case) -> None:
     found = solve_chunked(case, dtype=torch.float32)
+    # A row of one column at unit root mean square is its sign: the source's gradient is 0, and what
+    # is found of it is the rounding of terms of order 1 that cancel.
+    cancels = case.hidden == 1 and case.normalize is Normalize.key_energy
+    least = {"d_source": 1.0} if cancels else {}
     # Sums over a few dozen terms, through a projection that may cancel all but a percent of them.
-    assert_close(found, solve_reference(case), tolerance=1e-4)
+    assert_close(found, solve_reference(case), tolerance=1e-4, least=least)
 
 
 def test_bfloat16_keeps_a_float32_state() -> None:
