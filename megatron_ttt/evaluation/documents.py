@@ -129,8 +129,12 @@ def _from_files(tokenizer: Tokenizer, data: EvaluationData) -> Iterator[Tensor]:
     """Documents of text, JSONL (key ``text``) and Parquet (column ``text``) files.
 
     Raises:
+        ConfigError: shares are given, which files do not have.
         ValueError: a file is not what its name says, or holds a damaged document.
     """
+    if data.shares is not None:
+        message = "text files are read whole: leave it out, or give .bin/.idx prefixes"
+        raise ConfigError([Fault("data.shares", data.shares, message)])
     names = data.path if isinstance(data.path, list | tuple) else [data.path]
     files = list_inputs(list(names), format=data.format, pattern=None, option="data.format=")
     for where, document in read_documents(files, json_key="text", column="text"):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.tokenizers import ByteTokenizer, HuggingFaceTokenizer
 from megatron_ttt.evaluation.documents import TextRows, _from_files, _packed, _starts
@@ -87,6 +88,14 @@ def test_files_that_cannot_be_evaluated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"give data\.format=jsonl or text"):
         texts_of(records)
     assert texts_of(records, format=InputFormat.jsonl) == ["a", "b"]
+
+
+def test_shares_of_text_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_text("whole")
+    data = EvaluationData(path=str(path), shares="50,25,25")
+    with pytest.raises(ConfigError, match=r"^data\.shares=50,25,25: text files are read whole"):
+        list(_from_files(ByteTokenizer(), data))
 
 
 def test_documents_begin_with_the_tokenizers_mark(tmp_path: Path) -> None:
