@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ttt.config.schema import AttentionBackend, Config
+from megatron_ttt.config.schema import AttentionBackend, Config, OptimizerForm
 from megatron_ttt.conversion.mapping import build_mapping
 from megatron_ttt.conversion.ttt_config import target_generator
 from megatron_ttt.parallel.cpu import megatron_on_cpu
@@ -57,7 +57,9 @@ def resume(trainer: Trainer, root: Path, ranks: Ranks) -> None:
 
 
 def stored_names(trainer: Trainer, ranks: Ranks) -> set[str]:
-    state = trainer.stage.sharded_state_dict(metadata=checkpoint.METADATA)
+    state = trainer.stage.sharded_state_dict(
+        metadata=checkpoint.content(OptimizerForm.fully_reshardable)
+    )
     return {part.key for part in state.values()}
 
 
