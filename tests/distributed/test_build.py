@@ -1,5 +1,7 @@
 """What is built is what was announced, and it starts the same everywhere."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,8 +12,10 @@ from megatron_ttt.config.schema import Config
 from megatron_ttt.config.summary import parameter_counts
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
+from megatron_ttt.model.initialize import Origin, initialize, pretraining_draw
 from megatron_ttt.parallel.cpu import megatron_on_cpu
-from megatron_ttt.training.distributed import model_parallel
+from megatron_ttt.training import loop
+from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import build_trainer
 from megatron_ttt.training.step import ForwardStep
 from tests.distributed.training_runs import global_batch, tiny_config
@@ -81,6 +85,62 @@ def test_a_fresh_model_computes_what_the_plain_one_does(pool: RankPool) -> None:
     (on,) = pool.run(logits_at_start, config, True, ranks=1)
     (off,) = pool.run(logits_at_start, config, False, ranks=1)
     torch.testing.assert_close(on, off, rtol=0, atol=1e-6)
+
+
+def differs_from_whole_draws(rank: int, ranks: int, config: Config) -> list[str]:
+    """Parameters of this rank that are not what it would have drawn alone."""
+    with megatron_on_cpu(), model_parallel(config) as here:
+        stage = build_trainer(config, here).stage
+        found = {name: value.detach().clone() for name, value in stage.named_parameters()}
+        initialize(
+            stage,
+            seed=config.train.seed,
+            vocab_size=config.model.vocab_size,
+            tp_rank=here.groups.tp.rank(),
+            tp_size=here.groups.tp.size(),
+            draw=pretraining_draw(config.model),
+        )
+        drawn = dict(stage.named_parameters())
+        return [name for name, value in found.items() if not torch.equal(value, drawn[name])]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(2, {}), (2, {"cp": 2}), (4, {"tp": 2}), (4, {"pp": 2})], ids=str
+)
+def test_shared_draws_are_those_of_a_rank_alone(
+    pool: RankPool, ranks: int, layout: dict[str, int]
+) -> None:
+    assert pool.run(differs_from_whole_draws, tiny_config(**layout), ranks=ranks) == [[]] * ranks
+
+
+@pytest.mark.parametrize(
+    ("given", "begin"), [(None, Origin.DRAWN), ("hf:somewhere", Origin.LOADED)], ids=str
+)
+def test_nothing_is_drawn_where_weights_are_loaded(
+    given: str | None, begin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(config: Config, ranks: Ranks, origin: Origin) -> None:
+        raise Asked(origin)
+
+    config = tiny_config()
+    config.run.dir, config.run.resume, config.checkpoint.load = str(tmp_path), "auto", given
+    monkeypatch.setattr(loop, "build_trainer", ask)
+    with pytest.raises(Asked) as asked:
+        loop.pretrain(config)
+    assert asked.value.args == (begin,)
+
+
+def zeros_when_loaded(rank: int, ranks: int, config: Config) -> bool:
+    with megatron_on_cpu(), model_parallel(config) as here:
+        stage = build_trainer(config, here, Origin.LOADED).stage
+        return not any(value.any() for value in stage.parameters())
+
+
+def test_a_model_to_be_loaded_into_holds_nothing(pool: RankPool) -> None:
+    assert pool.run(zeros_when_loaded, tiny_config(), ranks=1) == [True]
 
 
 def groups_made(rank: int, ranks: int, config: Config) -> tuple[list[int], list[int], float, bool]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
+from megatron_ttt.evaluation import perplexity
 from megatron_ttt.evaluation.documents import TextRows
 from megatron_ttt.evaluation.perplexity import measure_losses
 from megatron_ttt.evaluation.subject import Source, Subject
@@ -49,8 +51,13 @@ def losses_of(rank: int, ranks: int, config: Config) -> dict[str, Tensor]:
         modes = [TTTMode.in_place, TTTMode.off]
         subject = Subject(source, config, here, trainer.stage.eval(), modes, None, seed=1)
         found = {}
+        assert subject.new_session(TTTMode.in_place, batch=1)._scan.group.group is here.scan_group
         for mode in modes:
-            losses = measure_losses(subject, text(), mode=mode, batch_size=2)
+            with mock.patch.object(
+                perplexity, "scan_settings", wraps=perplexity.scan_settings
+            ) as settings:
+                losses = measure_losses(subject, text(), mode=mode, batch_size=2)
+            assert settings.call_args.args[1] is here.scan_group  # states have their own
             assert torch.equal(losses.count_NP, torch.ones(ROWS, LENGTH, dtype=torch.float64))
             found[mode.value] = losses.total_NP
         if here.world_size == 1:

@@ -47,7 +47,9 @@ def backend_of(config: Config, here: Ranks) -> MegatronBackend:
         tp_size=tp.size(),
         draw=live_draw,
     )
-    return MegatronBackend(model, config, here, mode=config.ttt.mode, tokenizer=None)
+    backend = MegatronBackend(model, config, here, mode=config.ttt.mode, tokenizer=None)
+    assert backend.new_reader(1)._scan.group.group is here.scan_group  # apart from attention's
+    return backend
 
 
 def sampler() -> Sampler:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ttt.training.checkpoint_files import complete_folders
+from megatron_ttt.training.checkpoint_files import complete_folders, read_manifest
 from megatron_ttt.training.resilience import STOPPED
 from tests.end_to_end.lives import STEPS, TINY, Run, every_sample_once
 
@@ -79,9 +79,10 @@ def test_killed_in_the_middle_of_saves(straight: Run, tmp_path: Path) -> None:
     assert len(list(run.checkpoints.glob("step_*"))) == 3
 
 
+BY_BUCKET = ["checkpoint.periodic=dp_reshardable"]
 LAYOUTS = [
     (2, ["parallel.tp=2"], 2, ["parallel.pp=2"]),
-    (1, [], 2, []),  # data-parallel size 1 to 2
+    (1, BY_BUCKET, 2, BY_BUCKET),  # data-parallel size 1 to 2
     (1, [], 2, ["parallel.cp=2"]),
 ]
 
@@ -101,6 +102,12 @@ def test_killed_and_started_at_another_layout(
     life.kill()
     assert "at step 10" in run.complete(*after, ranks=more_ranks)
     assert run.samples() == every_sample_once()
+    forms = [
+        read_manifest(run.checkpoints / f"step_{step:08d}").facts["optimizer"]["form"]
+        for step in (10, 20)
+    ]
+    full = "fully_reshardable"
+    assert forms == ["dp_reshardable" if before == BY_BUCKET else full, full]  # the last: at any
     for row, expected in zip(run.rows(), straight.rows(), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=LOSS_BOUND)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=NORM_BOUND)
