@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test test-quick lint format bench draw clean
+.PHONY: help setup setup-gpu demo test test-quick lint format bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -78,10 +78,6 @@ format: setup ## rewrite the code in the project's format
 
 bench: setup ## the fast-weight layer against the materialising formulation and the plain MLP
 	$(BIN)/python tools/benchmark.py fast-weight-layer
-
-draw: setup ## the pictures of the documentation
-	$(BIN)/python tools/draw.py method docs/method.svg
-	$(BIN)/python tools/draw_scan.py docs
 
 clean: ## caches and the demo's outputs; environments and other runs stay
 	rm -rf $(DEMO_DIR) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

@@ -204,13 +204,6 @@ def test_fast_weights_need_torch_alone() -> None:
         assert not any(name.startswith("torch.distributed") for name in names), path
 
 
-def test_picture_is_what_the_program_draws(tmp_path: Path) -> None:
-    picture = tmp_path / "method.svg"
-    command = [sys.executable, str(ROOT / "tools" / "draw.py"), "method", str(picture)]
-    subprocess.run(command, check=True)
-    assert picture.read_bytes() == (ROOT / "docs" / "method.svg").read_bytes()
-
-
 @pytest.mark.parametrize("version", ["3.11", "3.12"])
 def test_pins_satisfy_the_project(version: str) -> None:
     from packaging.requirements import Requirement

@@ -16,13 +16,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_ttt.benchmarks.delayed_transport import DelayedTransport
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import Link, Topology, choose, fit_link, predict
 from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
 from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.scan_algorithms.problem import Exchange, Message
-from megatron_ttt.parallel.transport import DelayedTransport, Transport
+from megatron_ttt.parallel.transport import Transport
 
 LINK_SIZES = (4 << 10, 256 << 10, 2 << 20, 8 << 20)
 PRIVATE_LANES = 0.8  # an island that moves nearly all its ranks' messages at once shares nothing

@@ -5,8 +5,8 @@ kind of link (full duplex): inside its island (NVLink, a node) and between islan
 a rank). Ranks that share processor cores (gloo on one machine) also share ``lanes``: the whole
 island's messages and combining, divided by ``lanes``, bound the time from below.
 
-Bytes are exact: what ``transport.py`` counts. Times are closed forms that ``simulator.py``, which
-runs the programs themselves, agrees with to about a third.
+Bytes are exact: what ``transport.py`` counts. Times are closed forms; ``tests/simulator.py`` runs
+the programs themselves and agrees with them to about a third.
 
 P ranks, N nodes (see ``problem.py``: zigzag 2P-1, contiguous P), S bytes of one state (its batch
 rows together, in the dtype that travels), m blocks of the ring.

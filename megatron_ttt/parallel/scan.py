@@ -221,73 +221,6 @@ class SpanExchange:
         )
 
 
-class _ExclusiveScan(torch.autograd.Function):
-    """Forward: the scan. Backward: the same scan from the right."""
-
-    @staticmethod
-    def forward(ctx: Any, states_SB: Tensor, exchange: SpanExchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.start(states_SB.contiguous(), direction=Direction.FORWARD).wait()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_SB: Tensor) -> tuple[Tensor, None]:
-        pending = ctx.exchange.start(grad_SB.contiguous(), direction=Direction.REVERSE)
-        return pending.wait(), None
-
-
-def exclusive_scan(
-    states: Tensor,
-    keeps: Tensor | None = None,
-    *,
-    order: SequenceOrder | str,
-    group: Any = None,
-    algorithm: Algorithm | str = AUTO,
-    comm_dtype: torch.dtype | None = None,
-    all_keeps: Tensor | None = None,
-    label: str = "",
-) -> Tensor:
-    """What enters each of this rank's spans, ``[S, B, ...]`` like ``states``. Differentiable.
-
-    Args:
-        states: ``[S, B, ...]``, the summaries of this rank's spans in local memory order.
-        keeps: ``[S, B]``, theirs. Gathered from all ranks unless ``all_keeps`` is given.
-        all_keeps: ``[all spans, B]`` in sequence order, known to every rank.
-        order, group, algorithm, comm_dtype, label: see :class:`SpanExchange`.
-
-    Raises:
-        ValueError: keeps outside [0, 1]; shapes that do not fit or differ across ranks; an unknown
-            algorithm or order; neither or both of ``keeps`` and ``all_keeps``.
-        ScanError: a rank of the group died or is late.
-    """
-    exchange = _exchange(
-        states, keeps, all_keeps, SequenceOrder(order), group, algorithm, comm_dtype, label
-    )
-    carries: Tensor = _ExclusiveScan.apply(states, exchange)
-    return carries
-
-
-def start_exclusive_scan(
-    states: Tensor,
-    keeps: Tensor | None = None,
-    *,
-    order: SequenceOrder | str,
-    group: Any = None,
-    algorithm: Algorithm | str = AUTO,
-    comm_dtype: torch.dtype | None = None,
-    all_keeps: Tensor | None = None,
-    direction: Direction = Direction.FORWARD,
-    label: str = "",
-) -> PendingScan:
-    """Like :func:`exclusive_scan`, under way while the caller computes: ``handle.wait()`` gives the
-    carries, ``handle.exposed_s`` the seconds that the wait stood still. Not recorded by autograd.
-    """
-    exchange = _exchange(
-        states, keeps, all_keeps, SequenceOrder(order), group, algorithm, comm_dtype, label
-    )
-    return exchange.start(states, direction=direction)
-
-
 def parse_algorithm(algorithm: Algorithm | str) -> Algorithm | None:
     """None for ``auto``. Raises ``ValueError`` listing what there is."""
     if algorithm == AUTO:
@@ -321,56 +254,10 @@ def _checked_keeps(all_keeps_SB: Tensor, ranks: int, order: SequenceOrder) -> Te
     return keeps_SB
 
 
-def _exchange(
-    states: Tensor,
-    keeps: Tensor | None,
-    all_keeps: Tensor | None,
-    order: SequenceOrder,
-    group: Any,
-    algorithm: Algorithm | str,
-    comm_dtype: torch.dtype | None,
-    label: str,
-) -> SpanExchange:
-    if (keeps is None) == (all_keeps is None):
-        raise ValueError("give keeps (this rank's) or all_keeps (every span's), one of them")
-    group = ScanGroup.of(group)
-    if all_keeps is None:
-        assert keeps is not None
-        all_keeps = _gathered_keeps(keeps, states, order, group)
-    return SpanExchange(
-        all_keeps,
-        order=order,
-        group=group,
-        algorithm=algorithm,
-        comm_dtype=comm_dtype,
-        label=label,
-    )
-
-
-def _gathered_keeps(
-    keeps_SB: Tensor, states: Tensor, order: SequenceOrder, group: ScanGroup
-) -> Tensor:
-    """Every span's keeps in sequence order from each rank's own."""
-    what = group.describe(None, "")
-    group.check_equal(f"keeps {list(keeps_SB.shape)}", device=states.device, what=what)
-    local = keeps_SB.detach().to("cpu", torch.float64).contiguous()
-    every = local.new_empty(total_spans(group.ranks, order), *keeps_SB.shape[1:])
-    for rank, held in enumerate(group.gather(local, device=states.device, what=what)):
-        if held.shape[0] != spans_per_rank(order):
-            raise ValueError(
-                f"keeps {list(held.shape)}: a rank holds {spans_per_rank(order)} span(s) in "
-                f"{order.value} order"
-            )
-        every[spans_of_rank(rank, group.ranks, order)] = held
-    return every
-
-
 __all__ = [
     "AUTO",
     "Algorithm",
     "ScanGroup",
     "SpanExchange",
-    "exclusive_scan",
     "parse_algorithm",
-    "start_exclusive_scan",
 ]

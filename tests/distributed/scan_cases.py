@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, total_spans
-from megatron_ttt.parallel.scan import ScanGroup, SpanExchange, exclusive_scan
+from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
 from megatron_ttt.parallel.scan_algorithms import Algorithm
 
 
@@ -68,19 +68,39 @@ def scan_and_gradient(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Te
     for case in cases:
         problem = make_problem(case, ranks)
         held = spans_of_rank(rank, ranks, case.order)
-        states = problem.states_SBM[held].to(case.state_dtype).requires_grad_()
-        carries = exclusive_scan(
-            states,
-            order=case.order,
-            group=group,
-            algorithm=case.algorithm,
-            comm_dtype=case.comm_dtype,
-            all_keeps=problem.keeps_SB,
-        )
-        carries.backward(problem.gradient_SBM[held].to(case.state_dtype))
-        assert states.grad is not None
-        results.append((carries.detach(), states.grad))
+        results.append(_both_directions(case, problem, held, group))
     return results
+
+
+def _both_directions(
+    case: Case,
+    problem: Problem,
+    held: list[int],
+    group: object,
+    factors_SB: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """This rank's carries, and the gradient of its states for the problem's gradient of them.
+
+    ``factors_SB``: all spans'; the rank shares its own.
+    """
+    exchange = SpanExchange(
+        problem.keeps_SB,
+        order=case.order,
+        group=group,
+        algorithm=case.algorithm,
+        comm_dtype=case.comm_dtype,
+    )
+    shared = None if factors_SB is None else exchange.share_factors(factors_SB[held])
+    carries, gradients = (
+        exchange.start(
+            states[held].to(case.state_dtype), direction=direction, factors_SB=shared
+        ).wait()
+        for direction, states in (
+            (Direction.FORWARD, problem.states_SBM),
+            (Direction.REVERSE, problem.gradient_SBM),
+        )
+    )
+    return carries, gradients
 
 
 def scan_poisoned(rank: int, ranks: int, case: Case) -> Tensor:
@@ -91,26 +111,11 @@ def scan_poisoned(rank: int, ranks: int, case: Case) -> Tensor:
     before_reset[-1] = False
     states_SBM[before_reset] = torch.inf
     states_SBM[-1] = torch.nan
-    return exclusive_scan(
-        states_SBM[spans_of_rank(rank, ranks, case.order)],
-        order=case.order,
-        group=dist.group.WORLD,
-        algorithm=case.algorithm,
-        all_keeps=problem.keeps_SB,
+    exchange = SpanExchange(
+        problem.keeps_SB, order=case.order, group=dist.group.WORLD, algorithm=case.algorithm
     )
-
-
-def scan_with_gathered_keeps(rank: int, ranks: int, case: Case) -> Tensor:
-    """Each rank knows its own keeps only, and passes a bare process group."""
-    problem = make_problem(case, ranks)
     held = spans_of_rank(rank, ranks, case.order)
-    return exclusive_scan(
-        problem.states_SBM[held],
-        problem.keeps_SB[held],
-        order=case.order,
-        group=dist.group.WORLD,
-        algorithm=case.algorithm,
-    )
+    return exchange.start(states_SBM[held], direction=Direction.FORWARD).wait()
 
 
 def scan_with_factors(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, Tensor]]:
@@ -120,18 +125,7 @@ def scan_with_factors(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Te
     for case in cases:
         problem = make_problem(case, ranks)
         held = spans_of_rank(rank, ranks, case.order)
-        exchange = SpanExchange(
-            problem.keeps_SB, order=case.order, group=group, algorithm=case.algorithm
-        )
-        factors_SB = exchange.share_factors(factors_of(problem)[held])
-        carries = [
-            exchange.start(states[held], direction=direction, factors_SB=factors_SB).wait()
-            for direction, states in (
-                (Direction.FORWARD, problem.states_SBM),
-                (Direction.REVERSE, problem.gradient_SBM),
-            )
-        ]
-        results.append((carries[0], carries[1]))
+        results.append(_both_directions(case, problem, held, group, factors_of(problem)))
     return results
 
 
@@ -146,17 +140,7 @@ def scan_on_subgroups(rank: int, ranks: int, case: Case) -> list[tuple[Tensor, T
     group = groups[rank % 2]
     problem = make_problem(case, dist.get_world_size(group))
     held = spans_of_rank(dist.get_rank(group), dist.get_world_size(group), case.order)
-    states = problem.states_SBM[held].requires_grad_()
-    carries = exclusive_scan(
-        states,
-        order=case.order,
-        group=group,
-        algorithm=case.algorithm,
-        all_keeps=problem.keeps_SB,
-    )
-    carries.backward(problem.gradient_SBM[held])
-    assert states.grad is not None
-    return [(carries.detach(), states.grad)]
+    return [_both_directions(case, problem, held, group)]
 
 
 def count_traffic(rank: int, ranks: int, cases: list[Case]) -> list[tuple[int, int, int]]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
-from megatron_ttt.parallel.scan import ScanGroup, SpanExchange, exclusive_scan
+from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
 from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.scan_algorithms.problem import Exchange
 from megatron_ttt.parallel.transport import Transport
@@ -85,13 +85,13 @@ def scan_differing(rank: int, ranks: int, algorithms: list[str], shapes: list[in
     """Each rank comes with its own algorithm and state size, and its own dtype at size 0."""
     width = shapes[rank] or 7
     dtype = torch.float32 if shapes[rank] else torch.bfloat16
-    exclusive_scan(
-        torch.zeros(1, 2, width, dtype=dtype),
+    exchange = SpanExchange(
+        torch.ones(ranks, 2),
         order="contiguous",
         group=dist.group.WORLD,
         algorithm=algorithms[rank],
-        all_keeps=torch.ones(ranks, 2),
     )
+    exchange.start(torch.zeros(1, 2, width, dtype=dtype), direction=Direction.FORWARD).wait()
 
 
 def scan_unlike(rank: int, ranks: int) -> str:

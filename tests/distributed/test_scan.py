@@ -1,8 +1,6 @@
 """The scan on real gloo ranks: equal to its definition in fp64, outputs and gradients."""
 
-from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from tests.distributed.scan_cases import (
     scan_on_subgroups,
     scan_poisoned,
     scan_with_factors,
-    scan_with_gathered_keeps,
     scans_in_flight,
 )
 from tests.pool import RankPool
@@ -130,13 +127,12 @@ def test_subgroups_of_the_world(pool: RankPool, order: SequenceOrder) -> None:
 
 
 @pytest.mark.parametrize("order", SequenceOrder)
-@pytest.mark.parametrize("function", [scan_with_gathered_keeps, scan_handed_in_late])
-def test_other_ways_in(pool: RankPool, function: Callable[..., Any], order: SequenceOrder) -> None:
+def test_summaries_handed_in_late(pool: RankPool, order: SequenceOrder) -> None:
     for algorithm in Algorithm:
         case = Case(order, algorithm)
         problem = make_problem(case, 3)
         expected = scan_by_definition(problem.states_SBM, problem.keeps_SB)
-        for rank, carries in enumerate(pool.run(function, case, ranks=3)):
+        for rank, carries in enumerate(pool.run(scan_handed_in_late, case, ranks=3)):
             assert_close(carries, expected[spans_of_rank(rank, 3, order)], 1e-13)
 
 

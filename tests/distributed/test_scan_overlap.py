@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_ttt.benchmarks.delayed_transport import DelayedTransport
 from megatron_ttt.benchmarks.scan import Report, ScanProblem, measure
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import load_topology, save_topology
 from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
 from megatron_ttt.parallel.scan_algorithms import Algorithm
-from megatron_ttt.parallel.transport import DelayedTransport, Transport
+from megatron_ttt.parallel.transport import Transport
 from tests.pool import RankPool
 
 ORDER = SequenceOrder.ZIGZAG

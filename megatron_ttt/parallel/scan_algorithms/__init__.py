@@ -1,7 +1,8 @@
 """The four ways to run the scan, each a generator of :class:`~.problem.Exchange` requests.
 
 The same code runs on real ranks (``transport.py``) and on thousands of simulated ones
-(``simulator.py``): an algorithm only says what it sends, what it expects, and how it combines.
+(``tests/simulator.py``): an algorithm only says what it sends, what it expects, and how it
+combines.
 """
 
 from collections.abc import Callable

@@ -8,7 +8,7 @@ import torch
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.layout import SequenceOrder
-from megatron_ttt.parallel.scan import SpanExchange, exclusive_scan, start_exclusive_scan
+from megatron_ttt.parallel.scan import SpanExchange
 from megatron_ttt.parallel.transport import ScanError
 from megatron_ttt.parallel.watchdog import Watchdog
 
@@ -16,20 +16,19 @@ ZIGZAG, CONTIGUOUS = SequenceOrder.ZIGZAG, SequenceOrder.CONTIGUOUS
 
 
 def test_two_spans_of_a_single_rank() -> None:
-    states = torch.tensor([[[2.0, 3.0], [5.0, 7.0]], [[1.0, 1.0], [1.0, 1.0]]], requires_grad=True)
-    keeps = torch.tensor([[0.5, 0.0], [1.0, 1.0]])
-    carries = exclusive_scan(states, keeps, order=ZIGZAG)
+    states = torch.tensor([[[2.0, 3.0], [5.0, 7.0]], [[1.0, 1.0], [1.0, 1.0]]])
+    exchange = SpanExchange(torch.tensor([[0.5, 0.0], [1.0, 1.0]]), order=ZIGZAG)
+    carries = exchange.start(states, direction=Direction.FORWARD).wait()
     assert carries.tolist() == [[[0, 0], [0, 0]], [[2, 3], [5, 7]]]
-    carries.backward(torch.tensor([[[8.0, 8.0], [8.0, 8.0]], [[4.0, 6.0], [10.0, 12.0]]]))
-    assert states.grad is not None
-    assert states.grad.tolist() == [[[4, 6], [10, 12]], [[0, 0], [0, 0]]]
+    upstream = torch.tensor([[[8.0, 8.0], [8.0, 8.0]], [[4.0, 6.0], [10.0, 12.0]]])
+    gradient = exchange.start(upstream, direction=Direction.REVERSE).wait()
+    assert gradient.tolist() == [[[4, 6], [10, 12]], [[0, 0], [0, 0]]]
 
 
 def test_the_reverse_of_a_single_rank_and_its_handle() -> None:
     states = torch.arange(8.0).view(2, 2, 2)
-    handle = start_exclusive_scan(
-        states, torch.ones(2, 2), order=ZIGZAG, direction=Direction.REVERSE
-    )
+    exchange = SpanExchange(torch.ones(2, 2), order=ZIGZAG)
+    handle = exchange.start(states, direction=Direction.REVERSE)
     assert handle.wait().tolist() == [[[4, 5], [6, 7]], [[0, 0], [0, 0]]]
     assert handle.exposed_s == 0.0 and handle.record.bytes_sent == 0
 
@@ -60,28 +59,36 @@ def test_keeps_outside_the_unit_interval_are_refused(keep: float) -> None:
     with pytest.raises(
         ValueError, match=rf"keep {keep:.1f}\d* of span 1, row 2 is outside \[0, 1\]"
     ):
-        exclusive_scan(torch.ones(2, 3, 4), keeps, order=ZIGZAG)
+        SpanExchange(keeps, order=ZIGZAG)
 
 
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    ones = torch.ones
-    with pytest.raises(ValueError, match=r"keeps \[3, 2\] are not \[2, batch rows\]"):
-        exclusive_scan(ones(2, 2, 4), all_keeps=ones(3, 2), order=ZIGZAG)
-    with pytest.raises(ValueError, match=r"states \[1, 2, 4\] are not \[2, 2, ...\]"):
-        exclusive_scan(ones(1, 2, 4), all_keeps=ones(2, 2), order=ZIGZAG)
-    with pytest.raises(ValueError, match=r"states \[1, 3, 4\] are not \[1, 2, ...\]"):
-        exclusive_scan(ones(1, 3, 4), all_keeps=ones(1, 2), order=CONTIGUOUS)
+@pytest.mark.parametrize(
+    ("order", "keeps", "states", "fault"),
+    [
+        (ZIGZAG, (3, 2), (2, 2, 4), r"keeps \[3, 2\] are not \[2, batch rows\]"),
+        (ZIGZAG, (2, 2), (1, 2, 4), r"states \[1, 2, 4\] are not \[2, 2, ...\]"),
+        (CONTIGUOUS, (1, 2), (1, 3, 4), r"states \[1, 3, 4\] are not \[1, 2, ...\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    order: SequenceOrder, keeps: tuple[int, ...], states: tuple[int, ...], fault: str
+) -> None:
+    with pytest.raises(ValueError, match=fault):
+        exchange = SpanExchange(torch.ones(keeps), order=order)
+        exchange.start(torch.ones(states), direction=Direction.FORWARD)
+
+
+def test_states_of_integers_are_refused() -> None:
+    exchange = SpanExchange(torch.ones(1, 2), order=CONTIGUOUS)
     with pytest.raises(ValueError, match=r"torch\.int64"):
-        exclusive_scan(ones(1, 2, 4).long(), all_keeps=ones(1, 2), order=CONTIGUOUS)
-    with pytest.raises(ValueError, match="one of them"):
-        exclusive_scan(ones(1, 2, 4), order=CONTIGUOUS)
+        exchange.start(torch.ones(1, 2, 4).long(), direction=Direction.FORWARD)
 
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'tree' is unknown; .*auto, all_gather, .*, ring"):
-        exclusive_scan(torch.ones(1, 1, 1), torch.ones(1, 1), order="contiguous", algorithm="tree")
+        SpanExchange(torch.ones(1, 1), order="contiguous", algorithm="tree")
     with pytest.raises(ValueError, match="striped"):
-        exclusive_scan(torch.ones(1, 1, 1), torch.ones(1, 1), order="striped")
+        SpanExchange(torch.ones(1, 1), order="striped")
 
 
 def test_the_watchdog_gives_up_and_frees_the_device() -> None:

@@ -10,7 +10,7 @@ from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import GPU_CLUSTER, Link, Topology, best_blocks, predict, traffic
 from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, total_spans
 from megatron_ttt.parallel.scan_algorithms import Algorithm
-from megatron_ttt.parallel.simulator import Simulation, simulate
+from tests.simulator import Simulation, simulate
 
 EVERY = list(product(SequenceOrder, Algorithm))
 FLAT = Topology(1 << 20, Link(1e-5, 1e-9), Link(1e-5, 1e-9), 1e-10)
