@@ -269,7 +269,7 @@ class ValidationConfig:
 
 @dataclass
 class LoggingConfig:
-    interval: int = 1  # steps between rows of the terminal; metrics.jsonl has every step
+    interval: int = 1  # steps between reports; each writes the rows of all steps since the last
     tensorboard: bool = False
     wandb: WandbMode = WandbMode.disabled
     wandb_project: str = "megatron_ttt"

@@ -1,17 +1,18 @@
 """What a configuration amounts to, by arithmetic alone: the dry run. Builds nothing.
 
-Sizes follow Hugging Face's shapes (unpadded vocabulary); a product of ``[m, k]`` and ``[k, n]``
-counts ``2 m k n`` floating-point operations.
+Sizes follow Hugging Face's shapes (unpadded vocabulary).
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from megatron_ttt.config import derived
 from megatron_ttt.config.faults import Fault
+from megatron_ttt.config.flops import training_flops_per_token
 from megatron_ttt.config.schema import AttentionBackend, Config, CPOrder
 from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
+from megatron_ttt.rule import added_parameters
 
-CONV_TAPS = 5
 STATE_BYTES = 4  # fp32
 LEAST_BYTES = 2  # of a number that is computed with: bf16
 
@@ -42,7 +43,7 @@ def parameter_counts(config: Config) -> ParameterCounts:
     layer += projected * model.attention_bias + 2 * model.head_dim * model.qk_norm
     embeddings = model.vocab_size * hidden * (1 if model.tied_embeddings else 2)
     fast_layers = len(derived.ttt_layers(config))
-    added = fast_layers * (CONV_TAPS * hidden * ttt.conv + hidden * hidden * ttt.proj)
+    added = fast_layers * sum(prod(spec.sizes(hidden)) for spec in added_parameters(ttt).values())
     total = model.layers * layer + embeddings + hidden + added
     return ParameterCounts(total=total, fast=fast_layers * hidden * ffn, added=added)
 
@@ -76,26 +77,6 @@ def memory_faults(config: Config, memory: int) -> list[Fault]:
         )
         faults.append(Fault("train.micro_batch_size", train.micro_batch_size, message))
     return faults
-
-
-def training_flops_per_token(config: Config) -> float:
-    """Mean over a row without document boundaries, forward and backward.
-
-    The backward of a dense product costs twice its forward. A fast weight's down projection takes
-    2 products forward and 5 backward where a dense one takes 1 and 2. Attention counts the pairs
-    that causal, windowed attention visits. Recomputation and the second summary sweep of context
-    parallelism are cost, not work of the model, and are left out.
-    """
-    model, ttt, length = config.model, config.ttt, config.train.seq_length
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries, keys = model.heads * model.head_dim, model.kv_groups * model.head_dim
-    window = min(model.sliding_window or length, length)
-    pairs = window * (window + 1) / 2 + (length - window) * window
-    layer = 2 * hidden * (2 * queries + 2 * keys + 3 * ffn) + 4 * queries * pairs / length
-    dense = 3 * (model.layers * layer + 2 * hidden * model.vocab_size)
-    target = 2 * hidden * hidden * ttt.proj + 2 * CONV_TAPS * hidden * ttt.conv
-    fast = 4 * 2 * hidden * ffn + 3 * target
-    return dense + len(derived.ttt_layers(config)) * fast
 
 
 def summarize(config: Config, world_size: int) -> str:

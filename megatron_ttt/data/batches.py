@@ -90,7 +90,6 @@ class _Collate:
 
     eod: int
     pad: int | None
-    reset_positions: bool
     mask_document_end: bool
 
     def __call__(self, rows: list[tuple[int, Tensor]]) -> Batch:
@@ -99,7 +98,6 @@ class _Collate:
             [number for number, _ in rows],
             eod=self.eod,
             pad=self.pad,
-            reset_positions=self.reset_positions,
             mask_document_end=self.mask_document_end,
         )
 
@@ -186,7 +184,6 @@ class _LoaderFactory:
             collate_fn=_Collate(
                 eod=tokenizer.eod,
                 pad=tokenizer.pad,
-                reset_positions=data.reset_positions,
                 mask_document_end=data.mask_document_end,
             ),
             pin_memory=torch.cuda.is_available(),

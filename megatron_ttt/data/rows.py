@@ -1,4 +1,4 @@
-"""Rows of raw token ids to what a model is given: labels, counted losses, documents, positions.
+"""Rows of raw token ids to what a model is given: labels, counted losses, documents.
 
 Shapes: B rows of a batch, T tokens of a row, R = T + 1 (a row and the token after it).
 
@@ -27,7 +27,6 @@ class Batch:
     tokens_BT: Tensor  # int64
     labels_BT: Tensor  # int64
     loss_mask_BT: Tensor  # bool
-    position_ids_BT: Tensor  # int64
     document_starts_BT: Tensor  # bool
     padding_BT: Tensor  # bool
     sample_ids_B: Tensor  # int64
@@ -63,21 +62,12 @@ def document_starts(tokens_BT: Tensor, padding_BT: Tensor, *, eod: int) -> Tenso
     return starts_BT
 
 
-def positions(starts_BT: Tensor | None, *, rows: int, length: int) -> Tensor:
-    """Place in the row, or in the document if ``starts_BT`` is given; int64 [rows, length]."""
-    places_BT = torch.arange(length).expand(rows, length)
-    if starts_BT is None:
-        return places_BT.clone()
-    return places_BT - torch.where(starts_BT, places_BT, 0).cummax(dim=1).values
-
-
 def make_batch(
     text_BR: Tensor,
     sample_ids: Sequence[int],
     *,
     eod: int,
     pad: int | None,
-    reset_positions: bool = False,
     mask_document_end: bool = False,
 ) -> Batch:
     """Cut rows of T + 1 ids into inputs and labels and mark their documents.
@@ -96,12 +86,10 @@ def make_batch(
     if mask_document_end:
         loss_mask_BT &= tokens_BT != eod
     starts_BT = document_starts(tokens_BT, padding_BT, eod=eod)
-    rows, length = tokens_BT.shape
     return Batch(
         tokens_BT=tokens_BT,
         labels_BT=labels_BT,
         loss_mask_BT=loss_mask_BT,
-        position_ids_BT=positions(starts_BT if reset_positions else None, rows=rows, length=length),
         document_starts_BT=starts_BT,
         padding_BT=padding_BT,
         sample_ids_B=torch.tensor(list(sample_ids), dtype=torch.int64),

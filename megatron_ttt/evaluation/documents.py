@@ -111,7 +111,6 @@ def batches(text: TextRows, *, subject: Subject, batch_size: int) -> Iterator[Ba
             numbers,
             eod=text.eod,
             pad=text.pad,
-            reset_positions=data.reset_positions,
             mask_document_end=data.mask_document_end,
         )
 

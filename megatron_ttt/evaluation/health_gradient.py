@@ -49,9 +49,10 @@ def loss_without_fast_weights(subject: Subject, rows: Sequence[Batch]) -> LossSu
     model = subject.model
     step = _step(subject, TTTMode.off)
     with torch.no_grad():
-        return run_micro_batches(
+        sums = run_micro_batches(
             step, model, iter(rows), micro_batches=len(rows), forward_only=True
         )
+    return LossSum.over(subject.ranks, sums)
 
 
 def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum, GradientSquares]:
@@ -68,8 +69,8 @@ def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum,
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped.zero_grad_buffer()
     step = _step(subject, TTTMode.in_place)
-    loss = run_micro_batches(step, wrapped, iter(rows), micro_batches=len(rows), forward_only=False)
-    return loss, _squares(subject)
+    sums = run_micro_batches(step, wrapped, iter(rows), micro_batches=len(rows), forward_only=False)
+    return LossSum.over(subject.ranks, sums), _squares(subject)
 
 
 def _step(subject: Subject, mode: TTTMode) -> ForwardStep:

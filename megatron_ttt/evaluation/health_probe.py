@@ -29,9 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ttt.fast_weights.accumulate import state_dtype, wide_product
+from megatron_ttt.fast_weights.accumulate import wide_product
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.fast_weights.scale import ReduceSums
+from megatron_ttt.fast_weights.scale import ReduceSums, squares, update_ratio
 from megatron_ttt.fast_weights.update import fast_weight_scan
 from megatron_ttt.fast_weights.write_rules import Write
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
@@ -47,15 +47,6 @@ def chosen_places(*, chunks: int, positions: int) -> list[int]:
     """
     last = chunks - 1
     return sorted({max(1, round(last * (i + 1) / positions)) for i in range(positions) if last})
-
-
-def update_ratio(
-    state_BDF: Tensor, weight_DF: Tensor, *, eta: float, reduce_sums: ReduceSums
-) -> Tensor:
-    """``norm(eta S) / norm(W0)``, ``[B]`` float64."""
-    squares = torch.cat([_squares(state_BDF), _squares(weight_DF[None])])
-    squares = reduce_sums(squares)
-    return abs(eta) * (squares[:-1] / squares[-1]).sqrt()
 
 
 def output_ratio(
@@ -74,7 +65,7 @@ def output_ratio(
     read_BTF = keys_BTF.masked_fill(~reads_BT[..., None], 0.0).to(state_BDF.dtype)
     remembered_BTD = reduce_sums(read_BTF @ state_BDF.mT)
     plain_BTD = reduce_sums(read_BTF @ weight_DF.to(state_BDF.dtype).T)
-    return abs(eta) * (_squares(remembered_BTD) / _squares(plain_BTD)).sqrt()
+    return abs(eta) * (squares(remembered_BTD) / squares(plain_BTD)).sqrt()
 
 
 def effective_rank(gram_DD: Tensor) -> float:
@@ -106,8 +97,8 @@ def mean_key_share(
     summary_BDF = wide_product(targets_BTD.masked_fill(~written_BT[..., None], 0.0).mT, written_BTF)
     sum_BF1 = written_BTF.to(summary_BDF.dtype).sum(dim=1)[..., None]  # the mean's direction
     along_BD1 = reduce_sums(summary_BDF @ sum_BF1)
-    squares_2B = reduce_sums(torch.stack([_squares(summary_BDF), _squares(sum_BF1)]))
-    return _squares(along_BD1) / squares_2B.prod(dim=0)
+    squares_2B = reduce_sums(torch.stack([squares(summary_BDF), squares(sum_BF1)]))
+    return squares(along_BD1) / squares_2B.prod(dim=0)
 
 
 def entering_states(
@@ -203,7 +194,8 @@ def _figures(
     reads_BT = plan.reads_carry_BT[:, here]
     if plan.padding_BT is not None:
         reads_BT = reads_BT & ~plan.padding_BT[:, here]
-    ratio_B = update_ratio(state_BDF, weight_DF, eta=eta, reduce_sums=reduce_sums)
+    whole = reduce_sums(torch.cat([squares(state_BDF), squares(weight_DF[None])]))
+    ratio_B = update_ratio(whole[:-1], whole[-1], eta=eta)
     heard_B = output_ratio(
         state_BDF,
         keys_BTF[:, here],
@@ -227,9 +219,3 @@ def _figures(
     # A state that is no number is beyond every bound; it must not pass as one that is not there.
     ratio_B = ratio_B.nan_to_num(nan=torch.inf)
     return torch.stack([ratio_B, heard_B, rank_B, share_B])
-
-
-def _squares(matrix_BXY: Tensor) -> Tensor:
-    """Squared Frobenius norm of each row's matrix, ``[B]`` float64."""
-    dtype = state_dtype(matrix_BXY.dtype)
-    return torch.linalg.vector_norm(matrix_BXY.flatten(1), dim=1, dtype=dtype).double().square()

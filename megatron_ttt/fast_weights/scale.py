@@ -76,8 +76,28 @@ def clip_bound(clip: Clip, weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor
 
 def weight_norm(weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor:
     """``norm(W0)`` in the state's dtype, over all shards."""
-    dtype = state_dtype(weight_DF.dtype)
-    return reduce_sums(torch.linalg.vector_norm(weight_DF, dtype=dtype).square()).sqrt()
+    return reduce_sums(squares(weight_DF[None])).sqrt().to(state_dtype(weight_DF.dtype)).squeeze(0)
+
+
+def squares(matrix_BXY: Tensor) -> Tensor:
+    """Squared Frobenius norm of each row's matrix, ``[B]`` float64, without a copy in that dtype."""
+    return line_norms(matrix_BXY).double().square().sum(dim=1)
+
+
+def line_norms(matrix_BXY: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Norm of every line ``[B, X]`` in the state's dtype: what a matrix's exact norm is made of.
+
+    Over all elements at once torch adds up in fp32 on a CPU, and the square is 0.3 % too small for
+    the 25 million elements of a Qwen3-4B down projection.
+    """
+    dtype = state_dtype(matrix_BXY.dtype)
+    norms_BX: Tensor = torch.linalg.vector_norm(matrix_BXY, dim=2, dtype=dtype, out=out)
+    return norms_BX
+
+
+def update_ratio(state_squares: Tensor, weight_squares: Tensor, *, eta: float) -> Tensor:
+    """``norm(eta S) / norm(W0)`` from the squares of whole matrices, of any common shape."""
+    return abs(eta) * (state_squares / weight_squares).sqrt()
 
 
 def summary_norms(

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ttt.fast_weights.accumulate import accumulate_product, state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.exchange import CarryExchange, Direction, PendingCarries
+from megatron_ttt.fast_weights.scale import line_norms
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,19 @@ class FastWeightScan(torch.autograd.Function):
         outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0])
         if eta == 0:
             torch.matmul(keys_BTF, weight_DF.T, out=outputs_BTD)
-        squares_BN = keys_BTF.new_zeros(plan.batch, plan.chunks, dtype=tensors.state_dtype)
+        shape = (plan.batch, plan.chunks, weight_DF.shape[0])
+        norms_BND = keys_BTF.new_zeros(shape, dtype=tensors.state_dtype)
         sweep = _StateSweep(tensors, entering_SBDF, call)
         for span, chunks in enumerate(call.span_chunks()):
             sweep.enter(span)
             for chunk in chunks:
                 if sweep.live:
-                    norm_B = torch.linalg.vector_norm(sweep.state_BDF.flatten(1), dim=1)
-                    squares_BN[:, chunk] = norm_B.square()
+                    line_norms(sweep.state_BDF, out=norms_BND[:, chunk])
                 if eta != 0:
                     sweep.apply(chunk, keys_BTF, outputs_BTD, transposed=True)
                 if chunk != chunks[-1] or span == call.spans - 1:
                     sweep.advance(chunk)
+        squares_BN = norms_BND.double().square().sum(dim=2)
         ctx.mark_non_differentiable(squares_BN)
         return outputs_BTD, sweep.state_BDF, squares_BN
 

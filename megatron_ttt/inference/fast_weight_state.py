@@ -27,6 +27,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.exchange import CarryExchange
+from megatron_ttt.fast_weights.scale import squares, update_ratio
 from megatron_ttt.fast_weights.update import fast_weight_scan, written_state
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write
 from megatron_ttt.inference.token_runs import TokenRuns, equal_rows
@@ -219,9 +220,7 @@ class FastWeightState:
         """``norm(eta * S) / norm(W0)`` of each row, ``[B]``."""
         if self.state_BDF is None:
             return torch.zeros(self.batch, device=weight_DF.device)
-        norm_B = torch.linalg.vector_norm(self.state_BDF.flatten(1), dim=1)
-        slow = torch.linalg.vector_norm(weight_DF, dtype=norm_B.dtype)
-        return abs(self.rule.eta) * norm_B / slow
+        return update_ratio(squares(self.state_BDF), squares(weight_DF[None]), eta=self.rule.eta)
 
     def _buffer(self, like_BTX: Tensor) -> Tensor:
         return like_BTX.new_empty(self.batch, self.rule.chunk_size, like_BTX.shape[2])

@@ -105,6 +105,12 @@ def take_ranges(rows: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat([rows[:, start:end] for start, end in ranges], dim=1)
 
 
+def places_in_documents(document_starts: Tensor) -> Tensor:
+    """``[B, T]`` bool -> ``[B, T]`` int64: each token's place in its document, from 0."""
+    places = torch.arange(document_starts.shape[1])
+    return places - torch.where(document_starts, places, 0).cummax(dim=1).values
+
+
 @dataclass(frozen=True)
 class ScanSettings:
     """How states travel between the ranks of a row: see ``parallel/scan.py``."""
@@ -147,8 +153,7 @@ def sequence_layout(
         ranges = token_ranges(scan.group.rank, ranks, scan.order, length)
     positions = torch.arange(length)[None]
     if reset_positions:
-        start_places = torch.where(document_starts, positions, torch.zeros_like(positions))
-        positions = positions - start_places.cummax(dim=1).values
+        positions = places_in_documents(document_starts)
     plan = exchange = None
     if chunk_size is not None:
         plan = plan_chunks(

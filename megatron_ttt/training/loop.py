@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from omegaconf import OmegaConf
 from rich.console import Console
+from torch import Tensor
 
 from megatron_ttt.config.derived import micro_batches, ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
@@ -35,7 +36,7 @@ from megatron_ttt.training.checkpoint import TrainingState
 from megatron_ttt.training.checkpoint_files import sync_file
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, distributed
-from megatron_ttt.training.flops import training_flops
+from megatron_ttt.training.figures import PendingFigures, StepFigures, finite_grad_norm
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
 from megatron_ttt.training.progress import Progress
 from megatron_ttt.training.resilience import STOPPED, Displaced, StopRequest, on_first_rank
@@ -46,10 +47,7 @@ from megatron_ttt.training.step import (
     ForwardStep,
     LossSum,
     Observations,
-    check_finite,
     run_micro_batches,
-    update_ratios,
-    weight_squares,
 )
 from megatron_ttt.training.whole_stage import whole_stage
 
@@ -83,12 +81,16 @@ class Trainer:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def train_step(self, data: Any) -> tuple[LossSum, float, Observations]:
-        """One optimizer step over a global batch: (loss, gradient norm, observations)."""
+    def train_step(self, data: Any) -> tuple[Tensor, float, Observations]:
+        """One optimizer step over a global batch: (this rank's loss sums, gradient norm, ...).
+
+        Raises:
+            FloatingPointError: the gradient norm is not finite; no weight has changed.
+        """
         step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=self.config.ttt.mode)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = run_micro_batches(
+        loss_sums = run_micro_batches(
             step,
             self.model,
             data,
@@ -96,16 +98,15 @@ class Trainer:
             forward_only=False,
         )
         _, grad_norm, _ = self.optimizer.step()
-        step.observations.weight_squares = weight_squares(self.model, self.config)
         self.scheduler.step(self.config.train.global_batch_size)
-        return loss, float(grad_norm), step.observations
+        return loss_sums, float(grad_norm), step.observations
 
     def validation_loss(self, data: Any, mode: TTTMode) -> float:
         """Loss over ``validation.batches`` global batches with fast weights on or off."""
         self.model.eval()
         step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=mode)
         with torch.no_grad():
-            loss = run_micro_batches(
+            loss_sums = run_micro_batches(
                 step,
                 self.model,
                 data,
@@ -114,7 +115,7 @@ class Trainer:
                 forward_only=True,
             )
         self.model.train()
-        return loss.mean
+        return LossSum.over(self.ranks, loss_sums).mean
 
 
 def pretrain(config: Config, given: Collection[str] = ()) -> int:
@@ -248,6 +249,7 @@ def build_trainer(config: Config, ranks: Ranks, begin: Origin = Origin.DRAWN) ->
         optimizer_config(config), [wrapped], use_gloo_process_groups=False
     )
     transformer.grad_scale_func = optimizer.scale_loss
+    optimizer.get_grad_norm = finite_grad_norm(optimizer)
     return Trainer(
         config,
         ranks,
@@ -276,42 +278,62 @@ def train(
     Returns:
         Whether all steps are done. Either way the last one is saved, or being saved.
     """
-    config = trainer.config
+    config, pending = trainer.config, PendingFigures()
     for step in range(progress.step + 1, config.train.steps + 1):
         began, lr = time.monotonic(), trainer.lr
-        loss, grad_norm, observations = trainer.train_step(data.train_iterator)
-        check_finite(loss.mean, grad_norm, step)
+        try:
+            loss_sums, grad_norm, observations = trainer.train_step(data.train_iterator)
+        except FloatingPointError as error:
+            _write(reporter, pending.rows(trainer.model, config, trainer.ranks))
+            raise FloatingPointError(f"step {step}: {error}") from error
         asked = stop.ranks_agree(trainer.ranks, displaced=not ours())  # before anything is written
         progress = progress.after_step(
             config.train.global_batch_size, seq_length=config.train.seq_length
         )
-        row: Row = {
-            "step": step,
-            "loss": loss.mean,
-            "grad_norm": grad_norm,
-            "lr": lr,
-            "consumed_tokens": progress.consumed_tokens,
-            **_health(trainer, observations),
-            **_speed(trainer, observations, time.monotonic() - began),
-        }
-        if config.validation.interval and step % config.validation.interval == 0:
-            row |= _validate(trainer, data)
-        if reporter is not None:
-            reporter.write(row)
+        pending.add(
+            StepFigures(
+                step=step,
+                loss_sums=loss_sums,
+                grad_norm=grad_norm,
+                lr=lr,
+                seconds=time.monotonic() - began,
+                consumed_tokens=progress.consumed_tokens,
+                pairs=observations.pairs,
+                peak_memory_bytes=_peak_memory(trainer.ranks),
+            ),
+            observations,
+        )
+        last = step == config.train.steps
+        stopping = asked and not last
+        validates = due(step, config.validation.interval)
+        saves = due(step, config.checkpoint.interval) or stopping or last
+        reports = validates or saves or due(step, config.logging.interval)
+        if reports or not pending.reported:  # a run shows its first step at once
+            rows = pending.rows(trainer.model, config, trainer.ranks)
+            rows[-1] |= _validate(trainer, data) if validates else {}
+            _write(reporter, rows)
         if config.logging.sample_ids:
             _log_samples(trainer, step, observations)
         saver.poll()
-        stopping = asked and step < config.train.steps
-        interval = config.checkpoint.interval
-        due = interval is not None and step % interval == 0
-        if due or stopping or step == config.train.steps:
+        if saves:
             written = sync_file(reporter.file.path) if reporter is not None else 0
-            last = step == config.train.steps or not config.parallel.distributed_optimizer
-            form = OptimizerForm.fully_reshardable if last else config.checkpoint.periodic
+            whole = last or not config.parallel.distributed_optimizer
+            form = OptimizerForm.fully_reshardable if whole else config.checkpoint.periodic
             saver.save(replace(progress, metrics_bytes=written), form)
         if stopping:
             return False
     return True
+
+
+def _write(reporter: Reporter | None, rows: list[Row]) -> None:
+    if reporter is not None:
+        for row in rows:
+            reporter.write(row)
+
+
+def due(step: int, interval: int | None) -> bool:
+    """Whether something that is done every ``interval`` steps is done at this one."""
+    return interval is not None and step % interval == 0
 
 
 def finish(config: Config, console: Console) -> None:
@@ -346,37 +368,6 @@ def _validate(trainer: Trainer, data: DataStreams) -> Row:
         name: trainer.validation_loss(data.validation_iterator(), mode)
         for name, mode in modes.items()
     }
-
-
-def _health(trainer: Trainer, observations: Observations) -> Row:
-    ratios = update_ratios(observations, trainer.config, trainer.ranks)
-    health: Row = {f"ttt/update_ratio/layer_{layer:02d}": ratio for layer, ratio in ratios.items()}
-    if ratios and trainer.config.parallel.cp > 1:
-        exposed = torch.tensor(observations.scan_exposed_s, device=trainer.ranks.device)
-        dist.all_reduce(exposed, op=dist.ReduceOp.MAX)
-        health["ttt/scan_exposed_s"] = float(exposed)
-    return health
-
-
-def _speed(trainer: Trainer, observations: Observations, seconds: float) -> Row:
-    """Throughput of the whole job, counted where the rows are; memory of this rank."""
-    ranks, config = trainer.ranks, trainer.config
-    counts = torch.tensor(
-        [observations.tokens, observations.pairs], dtype=torch.float64, device=ranks.device
-    )
-    dist.all_reduce(counts, group=ranks.groups.dp)
-    tokens, pairs = (int(count) for count in counts.tolist())
-    flops = training_flops(config, tokens=tokens, pairs=pairs)
-    speed: Row = {
-        "tokens_per_second": tokens / seconds,
-        "tflops_per_device": flops / seconds / ranks.world_size / 1e12,
-        "step_time_s": seconds,
-        "peak_memory_bytes": _peak_memory(ranks),
-    }
-    peak = config.logging.peak_tflops_per_device
-    if peak is not None:
-        speed["mfu"] = speed["tflops_per_device"] / peak
-    return speed
 
 
 def _peak_memory(ranks: Ranks) -> int:

@@ -3,14 +3,12 @@
 Shape letters: B rows of a micro-batch, T tokens of a whole row, L tokens of this rank.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -22,13 +20,12 @@ from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.model.sequence_layout import (
     ScanSettings,
     SequenceLayout,
+    places_in_documents,
     sequence_layout,
     take_ranges,
 )
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.training.distributed import Ranks
-from megatron_ttt.training.flops import visible_pairs
-from megatron_ttt.training.whole_stage import wait_for
 
 
 @dataclass
@@ -37,17 +34,12 @@ class Observations:
 
     Attributes:
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
-        weight_squares: per fast layer, the squared norm of this tensor rank's part of W0 after
-            the step.
-        tokens: tokens read, padding included, counted on this data-parallel rank.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         scans: per micro-batch, a record of every scan that was waited for.
         sample_ids: numbers of the rows read, in reading order.
     """
 
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
-    weight_squares: dict[int, Tensor] = field(default_factory=dict)
-    tokens: int = 0
     pairs: int = 0
     scans: list[list[ScanRecord]] = field(default_factory=list)
     sample_ids: list[int] = field(default_factory=list)
@@ -64,12 +56,18 @@ class Observations:
         return sum(record.exposed_s for records in self.scans for record in records)
 
 
-@dataclass
+@dataclass(frozen=True)
 class LossSum:
     """Sum of token losses and number of counted tokens, over the global batch."""
 
     total: float
     tokens: int
+
+    @classmethod
+    def over(cls, ranks: Ranks, loss_sums: Tensor) -> "LossSum":
+        """Add up what :func:`run_micro_batches` returned on every rank; all ranks call it."""
+        total, tokens = ranks.sum_over_data_and_stages(loss_sums.clone()).tolist()
+        return cls(total, int(tokens))
 
     @property
     def mean(self) -> float:
@@ -108,11 +106,11 @@ class ForwardStep:
             packed_seq_params=layout,
         )
         self.observations.add(layout)
-        self.observations.tokens += batch.tokens_BT.numel()
         self.observations.sample_ids += batch.sample_ids_B.tolist()
         self.observations.pairs += visible_pairs(
             batch.document_starts_BT if self.config.data.reset_attention else None,
-            shape=(batch.tokens_BT.shape[0], batch.tokens_BT.shape[1]),
+            rows=batch.tokens_BT.shape[0],
+            length=batch.tokens_BT.shape[1],
             window=self.config.model.sliding_window,
         )
         return output, partial(_token_losses, counted)
@@ -144,6 +142,22 @@ def _token_losses(counted: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tens
     return total, number, torch.stack([total.detach().double(), number.double()])
 
 
+def visible_pairs(
+    document_starts: Tensor | None, *, rows: int, length: int, window: int | None
+) -> int:
+    """(query, key) pairs that causal attention visits in one layer over whole rows.
+
+    Args:
+        document_starts: ``[rows, length]`` bool where attention stays within documents, else None.
+        window: keys a query sees at most, itself included.
+    """
+    if document_starts is None:
+        seen = torch.arange(1, length + 1).expand(rows, length)
+    else:
+        seen = places_in_documents(document_starts) + 1
+    return int(seen.clamp(max=window).sum() if window is not None else seen.sum())
+
+
 def run_micro_batches(
     step: ForwardStep,
     model: DistributedDataParallel,
@@ -151,8 +165,13 @@ def run_micro_batches(
     *,
     micro_batches: int,
     forward_only: bool,
-) -> LossSum:
-    """Run one global batch through Megatron's schedule and sum its loss over all ranks."""
+) -> Tensor:
+    """Run one global batch through Megatron's schedule.
+
+    Returns:
+        ``[2]`` float64: the sum of this rank's counted token losses and their number; zeros on
+        ranks that compute no loss.
+    """
     config = step.config
     reports = get_forward_backward_func()(
         forward_step_func=step,
@@ -166,53 +185,4 @@ def run_micro_batches(
     totals = torch.zeros(2, dtype=torch.float64, device=step.ranks.device)
     if step.ranks.is_last_stage:
         totals += torch.stack(reports).sum(dim=0)
-    step.ranks.sum_over_data_and_stages(totals)
-    total, tokens = totals.tolist()
-    return LossSum(total, int(tokens))
-
-
-def weight_squares(model: DistributedDataParallel, config: Config) -> dict[int, Tensor]:
-    """Squared norm (fp64) of this tensor rank's part of W0, per fast layer of the stage."""
-    fast = set(ttt_layers(config))
-    weights = {
-        layer.layer_number - 1: layer.mlp.linear_fc2.weight
-        for layer in model.module.decoder.layers
-        if layer.layer_number - 1 in fast
-    }
-    wait_for(model, weights.values())
-    return {layer: weight.detach().double().square().sum() for layer, weight in weights.items()}
-
-
-def update_ratios(observations: Observations, config: Config, ranks: Ranks) -> dict[int, float]:
-    """``max norm(eta S) / norm(W0)`` per fast layer over rows and chunks of the global batch.
-
-    Squares are summed over tensor ranks; the maximum is taken over cp, dp and pipeline stages.
-    """
-    layers = ttt_layers(config)
-    if not layers:
-        return {}
-    ratios = torch.zeros(len(layers), dtype=torch.float64, device=ranks.device)
-    for place, layer in enumerate(layers):
-        if layer not in observations.state_squares:
-            continue
-        squares = torch.cat(observations.state_squares[layer]).double()
-        whole = torch.cat([squares, observations.weight_squares[layer][None]])
-        dist.all_reduce(whole, group=ranks.groups.tp)
-        ratios[place] = config.ttt.eta * (whole[:-1].max() / whole[-1]).sqrt()
-    dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=ranks.groups.dp_cp)
-    dist.all_reduce(ratios, op=dist.ReduceOp.MAX, group=ranks.groups.pp)
-    return dict(zip(layers, ratios.tolist(), strict=True))
-
-
-def check_finite(loss: float, grad_norm: float, step: int) -> None:
-    """Stop a run whose loss or gradient is no number, before it is saved.
-
-    Raises:
-        FloatingPointError: naming the step and what to try.
-    """
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    raise FloatingPointError(
-        f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optimizer.lr or ttt.eta, "
-        "or bound the updates with ttt.clip"
-    )
+    return totals

@@ -43,7 +43,6 @@ def whole_logits(trainer: Any, config: Config, here: Ranks, mode: TTTMode) -> li
             tokens_BT=torch.tensor([row]),
             labels_BT=torch.tensor([row]),
             loss_mask_BT=torch.ones(shape, dtype=torch.bool),
-            position_ids_BT=torch.arange(len(row))[None],
             document_starts_BT=starts,
             padding_BT=torch.zeros(shape, dtype=torch.bool),
             sample_ids_B=torch.zeros(1, dtype=torch.long),

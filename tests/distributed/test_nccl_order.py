@@ -33,7 +33,9 @@ from megatron_ttt.training import checkpoint_saver, loop
 from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import model_parallel
+from megatron_ttt.training.figures import PendingFigures
 from megatron_ttt.training.loop import Trainer, build_saver, build_trainer
+from megatron_ttt.training.metrics import Row
 from megatron_ttt.training.resilience import StopRequest
 from megatron_ttt.training.resume import BEGINNING
 from tests.distributed.training_runs import (
@@ -203,12 +205,15 @@ def phases(
     def train_step(data: Any) -> Any:
         trainer.scan = replace(trainer.scan, algorithm=ALGORITHMS[len(losses)])
         with record.during("step"):
-            outcome = whole_step(data)
-        losses.append(outcome[0].mean)
-        return outcome
+            return whole_step(data)
+
+    def keep_losses(_: object, rows: list[Row]) -> None:
+        losses.extend(row["loss"] for row in rows)
 
     with (
         mock.patch.object(trainer, "train_step", train_step),
+        mock.patch.object(loop, "_write", keep_losses),
+        record.during_calls(PendingFigures, "rows", "report"),
         record.during_calls(trainer, "validation_loss", "validation"),
         record.during_calls(saver, "save", "save"),
         record.during_calls(saver, "poll", "poll"),
@@ -287,6 +292,26 @@ def test_nccl_could_complete_every_way_of_saving(lives: Lives) -> None:
         launch.phase == "save" for launch in once
     )
     assert any(launch.phase == "poll" for launch in ranks[0].launches)
+
+
+@pytest.mark.parametrize(
+    "layout", [(2, {}), (2, {"cp": 2}), (2, {"pp": 2}), (4, {"tp": 2, "cp": 2})], ids=layout_id
+)
+def test_figures_cost_one_gather_a_report(pool: RankPool, tmp_path: Path, layout: Layout) -> None:
+    """Of four steps the first and the last (a validation, a stop) are reported."""
+    ranks, changes = layout
+    config = configure(changes, tmp_path / "run")
+    config = replace(config, logging=replace(config.logging, interval=100, sample_ids=False))
+    of_tensor_ranks = ["allreduce SUM"] if "tp" in changes else []
+    for life in pool.run(record_life, config, ranks=ranks, timeout=150):
+        assert len(life.losses) == STOP_AT
+        reports = [launch for launch in life.launches if launch.phase == "report"]
+        assert [launch.operation for launch in reports] == 2 * [*of_tensor_ranks, "allgather"]
+        assert {len(launch.ranks) for launch in reports if "gather" in launch.operation} == {ranks}
+        assert sum(launch.phase == "stop" for launch in life.launches) == STOP_AT
+        # a step itself launches Megatron's, the scan's and the layers' collectives alone
+        places = {x.place.split(":")[0] for x in life.launches if x.phase in ("step", "backward")}
+        assert places.isdisjoint({"figures.py", "step.py", "loop.py", "metrics.py"})
 
 
 def test_what_should_be_launched_is_recorded(lives: Lives) -> None:

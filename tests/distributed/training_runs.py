@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.schema import (
     Config,
     DataConfig,
@@ -33,8 +34,9 @@ from megatron_ttt.model.initialize import Draw, global_parameters, initialize, s
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import Normalize, TargetSource, WriteSettings
 from megatron_ttt.training.distributed import Ranks, model_parallel
+from megatron_ttt.training.figures import update_ratios
 from megatron_ttt.training.loop import Trainer, build_trainer
-from megatron_ttt.training.step import update_ratios
+from megatron_ttt.training.step import LossSum, Observations
 
 VOCABULARY = 67  # no multiple of any tp: the padded rows must not matter
 
@@ -143,7 +145,6 @@ def global_batch(config: Config, step: int, *, packed: bool) -> Batch:
         tokens_BT=tokens[:, :-1],
         labels_BT=tokens[:, 1:],
         loss_mask_BT=counted,
-        position_ids_BT=torch.arange(length).expand(rows, length),
         document_starts_BT=starts,
         padding_BT=padding,
         sample_ids_B=torch.arange(rows) + step * rows,
@@ -223,12 +224,20 @@ def train_one(trainer: Trainer, batch: Batch, report: RunReport, *, keep_gradien
 
         trainer.optimizer.step = step_and_keep
     data = micro_batches_of(batch, trainer.config, trainer.ranks)
-    loss, grad_norm, observations = trainer.train_step(data)
+    loss_sums, grad_norm, observations = trainer.train_step(data)
     trainer.optimizer.step = original
-    report.losses.append(loss.mean)
+    ratios = job_update_ratios(trainer, observations)
+    report.losses.append(LossSum.over(trainer.ranks, loss_sums).mean)
     report.grad_norms.append(grad_norm)
     report.scans.append(sum(len(records) for records in observations.scans))
-    report.ratios.append(update_ratios(observations, trainer.config, trainer.ranks))
+    report.ratios.append(ratios)
+
+
+def job_update_ratios(trainer: Trainer, observations: Observations) -> dict[int, float]:
+    """The update ratio of every fast layer of the model, the largest over all ranks."""
+    ratios = update_ratios(observations, trainer.model, trainer.config, trainer.ranks)
+    dist.all_reduce(ratios, op=dist.ReduceOp.MAX)
+    return dict(zip(ttt_layers(trainer.config), ratios.tolist(), strict=True))
 
 
 def gradients(trainer: Trainer) -> dict[str, tuple[int, int | None, Tensor]]:

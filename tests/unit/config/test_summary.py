@@ -2,13 +2,13 @@
 
 import pytest
 
+from megatron_ttt.config.flops import training_flops, training_flops_per_token
 from megatron_ttt.config.summary import (
     parameter_counts,
     state_bytes,
     summarize,
-    training_flops_per_token,
 )
-from megatron_ttt.training.flops import training_flops, visible_pairs
+from megatron_ttt.training.step import visible_pairs
 from tests.unit.config.compose import configured
 
 # elements that the released checkpoints hold (a tied output layer counts once)
@@ -108,6 +108,6 @@ def test_the_text_without_fast_weights() -> None:
 @pytest.mark.parametrize("words", [["+model=tiny"], ["+model=qwen3_0_6b", "ttt=off"]])
 def test_the_plan_counts_as_the_training_does(words: list[str]) -> None:
     config = configured(*words, "train.seq_length=300")
-    pairs = visible_pairs(None, shape=(1, 300), window=config.model.sliding_window)
+    pairs = visible_pairs(None, rows=1, length=300, window=config.model.sliding_window)
     counted = training_flops(config, tokens=300, pairs=pairs)
     assert 300 * training_flops_per_token(config) == pytest.approx(counted, rel=1e-12)

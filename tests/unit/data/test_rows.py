@@ -19,12 +19,6 @@ def test_documents_inside_a_row() -> None:
     assert batch.document_starts_BT.tolist() == [[T, F, F, T, F, T]]
     assert batch.padding_BT.tolist() == [[F] * 6]
     assert batch.loss_mask_BT.tolist() == [[T] * 6]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 4, 5]]
-
-
-def test_positions_restart_at_documents_on_request() -> None:
-    batch = make([[1, 2, EOD, 3, EOD, 4, 5], [1, 2, 3, 4, 5, 6, EOD]], reset_positions=True)
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]]
 
 
 def test_loss_across_a_boundary_is_left_out_on_request() -> None:
@@ -34,18 +28,16 @@ def test_loss_across_a_boundary_is_left_out_on_request() -> None:
 
 
 def test_padding_between_documents_belongs_to_neither() -> None:
-    batch = make([[1, EOD, PAD, PAD, 3, 4, EOD, PAD, 5]], reset_positions=True)
+    batch = make([[1, EOD, PAD, PAD, 3, 4, EOD, PAD, 5]])
     assert batch.document_starts_BT.tolist() == [[T, F, F, F, T, F, F, F]]
     assert batch.padding_BT.tolist() == [[F, F, T, T, F, F, F, T]]
     # places 1, 2 and 6 predict padding, places 2, 3 and 7 predict from padding
     assert batch.loss_mask_BT.tolist() == [[T, F, F, F, T, T, F, F]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
 
 
 def test_a_row_that_opens_with_padding_starts_twice() -> None:
-    batch = make([[PAD, PAD, 3, 4, EOD, 5]], reset_positions=True)
+    batch = make([[PAD, PAD, 3, 4, EOD, 5]])
     assert batch.document_starts_BT.tolist() == [[T, F, T, F, F]]
-    assert batch.position_ids_BT.tolist() == [[0, 1, 0, 1, 2]]
 
 
 def test_padding_inside_a_document_starts_nothing() -> None:
@@ -68,7 +60,7 @@ def test_without_a_pad_id_every_token_is_real() -> None:
 
 def test_types_and_layout() -> None:
     batch = make([[1, 2, 3], [4, EOD, 6]])
-    for tensor in (batch.tokens_BT, batch.labels_BT, batch.position_ids_BT, batch.sample_ids_B):
+    for tensor in (batch.tokens_BT, batch.labels_BT, batch.sample_ids_B):
         assert tensor.dtype is torch.int64
         assert tensor.is_contiguous()
     for tensor in (batch.loss_mask_BT, batch.document_starts_BT, batch.padding_BT):
@@ -80,14 +72,12 @@ def test_equal_to_a_loop_over_random_rows() -> None:
     """The vectorised form against the definition, token by token."""
     generator = torch.Generator().manual_seed(3)
     text_BR = torch.randint(6, 10, (40, 33), generator=generator)
-    batch = make_batch(text_BR, list(range(40)), eod=EOD, pad=PAD, reset_positions=True)
+    batch = make_batch(text_BR, list(range(40)), eod=EOD, pad=PAD)
     for row, text in enumerate(text_BR.tolist()):
-        last_real, position = None, -1
+        last_real = None
         for place, token in enumerate(text[:-1]):
             real = token != PAD
             starts = place == 0 or (real and (last_real is None or last_real == EOD))
-            position = 0 if starts else position + 1
             assert bool(batch.document_starts_BT[row, place]) == starts
-            assert int(batch.position_ids_BT[row, place]) == position
             assert bool(batch.loss_mask_BT[row, place]) == (real and text[place + 1] != PAD)
             last_real = token if real else last_real

@@ -13,8 +13,8 @@ from megatron_ttt.evaluation.health_probe import (
     effective_rank,
     mean_key_share,
     output_ratio,
-    update_ratio,
 )
+from megatron_ttt.fast_weights.scale import squares, update_ratio
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -99,7 +99,7 @@ def test_rows_without_writes_or_readers_have_no_figure() -> None:
 def test_ratios_by_their_definition() -> None:
     keys, weight, state = draw(2, 8, 7), draw(5, 7, seed=1), draw(2, 5, 7, seed=2)
     reads = torch.tensor([[True] * 8, [True] * 3 + [False] * 5])
-    ratio = update_ratio(state, weight, eta=-0.3, reduce_sums=whole)
+    ratio = update_ratio(squares(state), squares(weight[None]), eta=-0.3)
     heard = output_ratio(state, keys, reads, weight, eta=-0.3, reduce_sums=whole)
     for row in range(2):
         z = keys[row, reads[row]]

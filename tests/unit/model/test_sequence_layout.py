@@ -6,7 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ttt.model.sequence_layout import ScanSettings, SequenceLayout, sequence_layout
+from megatron_ttt.model.sequence_layout import (
+    ScanSettings,
+    SequenceLayout,
+    places_in_documents,
+    sequence_layout,
+)
 from megatron_ttt.parallel.layout import SequenceOrder
 
 
@@ -36,3 +41,15 @@ def test_lengths_are_those_of_the_rank(ranks: int, order: SequenceOrder) -> None
         assert layout.max_seqlen_q == layout.max_seqlen_kv == 64 // ranks
         assert sum(end - start for start, end in layout.ranges) == layout.max_seqlen_q
         assert layout.positions is not None and layout.positions.shape == (1, 64 // ranks)
+
+
+def test_places_restart_at_every_document_and_count_padding() -> None:
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.rand(20, 33, generator=generator) < 0.2
+    starts[:, 0] = True
+    places = places_in_documents(starts)
+    for row, row_starts in enumerate(starts.tolist()):
+        place = -1
+        for token, begins in enumerate(row_starts):
+            place = 0 if begins else place + 1
+            assert int(places[row, token]) == place

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import torch
 
+from megatron_ttt.config.flops import training_flops
 from megatron_ttt.config.schema import TTTMode
-from megatron_ttt.training.flops import training_flops, visible_pairs
+from megatron_ttt.training.step import visible_pairs
 from tests.distributed.training_runs import tiny_config
 
 
@@ -20,10 +21,10 @@ def test_visible_pairs_by_document_and_window() -> None:
 
     for window in (1, 3, 100):
         expected = sum(pairs(length, window) for length in lengths)
-        assert visible_pairs(starts, shape=(2, 10), window=window) == expected
-    whole = visible_pairs(None, shape=(2, 10), window=None)
+        assert visible_pairs(starts, rows=2, length=10, window=window) == expected
+    whole = visible_pairs(None, rows=2, length=10, window=None)
     assert whole == 2 * 55
-    assert visible_pairs(starts, shape=(2, 10), window=None) < whole
+    assert visible_pairs(starts, rows=2, length=10, window=None) < whole
 
 
 def test_training_flops_are_three_forwards_and_the_fast_weights_extra() -> None:
