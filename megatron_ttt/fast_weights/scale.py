@@ -80,7 +80,7 @@ def weight_norm(weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor:
 
 
 def squares(matrix_BXY: Tensor) -> Tensor:
-    """Squared Frobenius norm of each row's matrix, ``[B]`` float64, without a copy in that dtype."""
+    """Squared Frobenius norm of each row's matrix, ``[B]`` float64; no copy in that dtype."""
     return line_norms(matrix_BXY).double().square().sum(dim=1)
 
 
