@@ -20,8 +20,7 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import Topology
-from megatron_ttt.parallel.layout import SequenceOrder
-from megatron_ttt.parallel.scan_algorithms import PROGRAMS, Algorithm
+from megatron_ttt.parallel.scan_algorithms import PROGRAMS
 from megatron_ttt.parallel.scan_algorithms.problem import (
     Exchange,
     Message,
@@ -30,6 +29,7 @@ from megatron_ttt.parallel.scan_algorithms.problem import (
     ScanProblem,
 )
 from megatron_ttt.parallel.spans import LocalSpans, SpanRoute
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 @dataclass
@@ -121,7 +121,7 @@ def simulate(
     all_keeps_SB: Tensor,
     *,
     order: SequenceOrder,
-    algorithm: Algorithm,
+    algorithm: ScanAlgorithm,
     topology: Topology,
     direction: Direction = Direction.FORWARD,
     message_dtype: torch.dtype | None = None,

@@ -19,11 +19,12 @@ from torch import Tensor
 from megatron_ttt.benchmarks.delayed_transport import DelayedTransport
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import Link, Topology, choose, fit_link, predict
-from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
+from megatron_ttt.parallel.layout import spans_per_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
 from megatron_ttt.parallel.scan_algorithms.problem import Exchange, Message
 from megatron_ttt.parallel.transport import Transport
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 LINK_SIZES = (4 << 10, 256 << 10, 2 << 20, 8 << 20)
 PRIVATE_LANES = 0.8  # an island that moves nearly all its ranks' messages at once shares nothing
@@ -34,7 +35,7 @@ class ScanProblem:
     """One state of ``state_mb`` (10**6 bytes of float32) in ``order``; ``repeats`` of each."""
 
     state_mb: float = 25.0
-    order: SequenceOrder = SequenceOrder.ZIGZAG
+    order: SequenceOrder = SequenceOrder.zigzag
     repeats: int = 9
     delay_s: float = 0.05
 
@@ -86,7 +87,7 @@ class Report:
 
     @property
     def gain_over_all_gather(self) -> float:
-        return self.median_s(Algorithm.ALL_GATHER.value) / self.median_s(self.chosen)
+        return self.median_s(ScanAlgorithm.all_gather.value) / self.median_s(self.chosen)
 
 
 def measure(problem: ScanProblem, group: Any, device: torch.device) -> Report:
@@ -96,7 +97,7 @@ def measure(problem: ScanProblem, group: Any, device: torch.device) -> Report:
     timings = time_algorithms(problem, scans, device)
     slow = ScanGroup(group, topology=topology, wrap_transport=_slow_links(problem.delay_s))
     exposures = (
-        [_measure_exposure(problem, slow, algorithm) for algorithm in Algorithm]
+        [_measure_exposure(problem, slow, algorithm) for algorithm in ALGORITHMS]
         if device.type == "cpu"
         else []
     )
@@ -170,19 +171,18 @@ def time_algorithms(problem: ScanProblem, scans: ScanGroup, device: torch.device
     """Every algorithm in turn, ``repeats`` times, so that a busy moment meets all of them."""
     keeps = torch.ones(total_spans(scans.ranks, problem.order), 1)
     states = torch.randn(spans_per_rank(problem.order), 1, problem.elements, device=device)
-    names = [algorithm.value for algorithm in Algorithm]
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[ScanAlgorithm, list[float]] = {algorithm: [] for algorithm in ALGORITHMS}
     records = {}
     for _ in range(problem.repeats + 1):
-        for name in names:
-            exchange = SpanExchange(keeps, order=problem.order, group=scans, algorithm=name)
+        for algorithm in ALGORITHMS:
+            exchange = SpanExchange(keeps, order=problem.order, group=scans, algorithm=algorithm)
 
-            def scan(exchange: SpanExchange = exchange, name: str = name) -> None:
+            def scan(exchange: SpanExchange = exchange) -> None:
                 pending = exchange.start(states, direction=Direction.FORWARD)
                 pending.wait()
-                records[name] = pending.record
+                records[exchange.algorithm] = pending.record
 
-            times[name].append(_seconds(scan, scans.group, device))
+            times[algorithm].append(_seconds(scan, scans.group, device))
     situation: dict[str, Any] = {
         "ranks": scans.ranks,
         "order": problem.order,
@@ -190,16 +190,16 @@ def time_algorithms(problem: ScanProblem, scans: ScanGroup, device: torch.device
         "topology": scans.topology,
     }
     timings = []
-    for name in names:
-        predicted = predict(Algorithm(name), **situation)
-        most = torch.tensor(records[name].bytes_sent, device=device)
+    for algorithm in ALGORITHMS:
+        predicted = predict(algorithm, **situation)
+        most = torch.tensor(records[algorithm].bytes_sent, device=device)
         dist.all_reduce(most, dist.ReduceOp.MAX, group=scans.group)
         timings.append(
             Timing(
-                name,
-                records[name].blocks,
-                statistics.median(times[name][1:]),
-                min(times[name][1:]),
+                algorithm.value,
+                records[algorithm].blocks,
+                statistics.median(times[algorithm][1:]),
+                min(times[algorithm][1:]),
                 predicted.seconds,
                 int(most),
             )
@@ -214,7 +214,7 @@ def _slow_links(delay_s: float) -> Callable[[Transport], Transport]:
     return wrap
 
 
-def _measure_exposure(problem: ScanProblem, slow: ScanGroup, algorithm: Algorithm) -> Exposure:
+def _measure_exposure(problem: ScanProblem, slow: ScanGroup, algorithm: ScanAlgorithm) -> Exposure:
     """Links so slow that they, not the shared cores, make the wait; states small."""
     keeps = torch.ones(total_spans(slow.ranks, problem.order), 1)
     states = torch.randn(spans_per_rank(problem.order), 1, 1000)

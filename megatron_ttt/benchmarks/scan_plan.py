@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ttt.config.derived import micro_batches, model_parallel_size, ttt_layers
-from megatron_ttt.config.schema import CommPrecision, Config, ScanAlgorithm
+from megatron_ttt.config.schema import CommPrecision, Config
 from megatron_ttt.parallel.cost import Prediction, Topology, choose, predict
-from megatron_ttt.parallel.layout import SequenceOrder
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 RANKS = tuple(1 << power for power in range(1, 13))
 BACKWARD_UNITS = 2.0
@@ -29,7 +29,7 @@ class PlanRow:
 
     ranks: int
     sequence: int
-    predictions: dict[Algorithm, Prediction]
+    predictions: dict[ScanAlgorithm, Prediction]
     chosen: Prediction
     exposed_s: float
     step_exposed_s: float
@@ -67,23 +67,23 @@ def plan_rows(
     layers = ttt_layers(config)
     if not layers:
         raise ValueError("ttt.mode = off: there is no fast weight whose state could be scanned")
-    order = SequenceOrder(config.parallel.cp_order.value)
+    order = config.parallel.cp_order
     # Tensor-parallel ranks are neighbours: an island holds fewer ranks of one context group.
     near = replace(topology, island=max(1, topology.island // config.parallel.tp))
     unit = unit_seconds(config, flops)
-    half = 0.5 * unit if order is SequenceOrder.ZIGZAG else 0.0
+    half = 0.5 * unit if order is SequenceOrder.zigzag else 0.0
     passes = micro_batches(config, model_parallel_size(config.parallel)) / config.parallel.pp
     rows = []
     for count in ranks:
         size = state_bytes(config)
         predictions = {
             algorithm: predict(algorithm, ranks=count, order=order, state_bytes=size, topology=near)
-            for algorithm in Algorithm
+            for algorithm in ALGORITHMS
         }
         chosen = (
             choose(ranks=count, order=order, state_bytes=size, topology=near)
             if config.parallel.scan is ScanAlgorithm.auto
-            else predictions[Algorithm(config.parallel.scan.value)]
+            else predictions[config.parallel.scan]
         )
         exposed = max(0.0, chosen.seconds - half)
         exposed += max(0.0, chosen.seconds - half - BACKWARD_UNITS * unit)
@@ -102,7 +102,7 @@ def show(config: Config, rows: list[PlanRow], *, flops: float, console: Console)
         f"one GEMM unit {unit_seconds(config, flops) * 1e3:.2f} ms at {flops / 1e12:g} TFLOP/s"
     )
     table = Table(title="one layer, forward and backward scan; ms unless said")
-    headings = ["cp", "tokens", *(a.value for a in Algorithm), "takes", "MB sent", "exposed"]
+    headings = ["cp", "tokens", *(a.value for a in ALGORITHMS), "takes", "MB sent", "exposed"]
     for heading in [*headings, "step exposed"]:
         table.add_column(heading, justify="right")
     for row in rows:
@@ -112,7 +112,7 @@ def show(config: Config, rows: list[PlanRow], *, flops: float, console: Console)
         table.add_row(
             str(row.ranks),
             f"{row.sequence:,}",
-            *(f"{2e3 * row.predictions[a].seconds:.2f}" for a in Algorithm),
+            *(f"{2e3 * row.predictions[a].seconds:.2f}" for a in ALGORITHMS),
             chosen,
             f"{row.bytes_sent / 1e6:.0f}",
             f"{row.exposed_s * 1e3:.2f}",
@@ -130,7 +130,7 @@ def plot(rows: list[PlanRow], path: Path, *, title: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     ranks = [row.ranks for row in rows]
-    for algorithm in Algorithm:
+    for algorithm in ALGORITHMS:
         times = [2e3 * row.predictions[algorithm].seconds for row in rows]
         axes.plot(ranks, times, marker="o", markersize=3, label=algorithm.value)
     exposed = [1e3 * row.exposed_s for row in rows]

@@ -13,7 +13,7 @@ from rich.console import Console
 from megatron_ttt.benchmarks import scan as benchmark
 from megatron_ttt.config.launcher import launched
 from megatron_ttt.parallel.cost import save_topology
-from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.scan_words import SequenceOrder
 from megatron_ttt.training.distributed import local_device
 
 

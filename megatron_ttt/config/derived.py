@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
-    CPOrder,
     ModelConfig,
     ParallelConfig,
     Precision,
@@ -20,6 +19,7 @@ from megatron_ttt.config.schema import (
     TTTMode,
 )
 from megatron_ttt.rule import TargetSource, default_layers
+from megatron_ttt.scan_words import SequenceOrder
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def cp_tile(config: Config) -> int:
     parallel = config.parallel
     tile = 1
     if parallel.cp > 1:
-        spans = 2 * parallel.cp if parallel.cp_order is CPOrder.zigzag else parallel.cp
+        spans = 2 * parallel.cp if parallel.cp_order is SequenceOrder.zigzag else parallel.cp
         tile = spans * (config.ttt.chunk_size if ttt_layers(config) else 1)
     if sequence_parallel(parallel):
         tile = math.lcm(tile, parallel.cp * parallel.tp)
@@ -130,7 +130,7 @@ def transformer_engine_limit(config: Config) -> str | None:
             "its context parallelism cuts zigzag per document, which does not fit"
             " data.reset_attention=true"
         )
-    if config.parallel.cp_order is CPOrder.contiguous:
+    if config.parallel.cp_order is SequenceOrder.contiguous:
         return "its context parallelism knows only parallel.cp_order=zigzag"
     if config.model.sliding_window is not None and config.parallel.cp_comm_type != "a2a":
         return "with a sliding window its context parallelism needs parallel.cp_comm_type=a2a"

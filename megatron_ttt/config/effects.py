@@ -20,13 +20,13 @@ from megatron_ttt.config.schema import (
     DataSource,
     Recompute,
     RopeScaling,
-    ScanAlgorithm,
     Schedule,
     TokenizerKind,
     TTTMode,
     WandbMode,
 )
 from megatron_ttt.rule import ClipMode, WriteKind
+from megatron_ttt.scan_words import ScanAlgorithm
 
 
 class Else(Enum):

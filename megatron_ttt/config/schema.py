@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from megatron_ttt.rule import UpdateRule
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 class Family(Enum):
@@ -39,19 +40,6 @@ class AttentionBackend(Enum):
 class TTTMode(Enum):
     in_place = "in_place"
     off = "off"
-
-
-class CPOrder(Enum):
-    zigzag = "zigzag"
-    contiguous = "contiguous"
-
-
-class ScanAlgorithm(Enum):
-    auto = "auto"
-    all_gather = "all_gather"
-    all_to_all = "all_to_all"
-    doubling = "doubling"
-    ring = "ring"
 
 
 class Precision(Enum):
@@ -211,7 +199,7 @@ class ParallelConfig:
     cp: int = 1
     pp: int = 1
     sequence_parallel: Toggle = Toggle.auto  # auto: on when tp > 1
-    cp_order: CPOrder = CPOrder.zigzag
+    cp_order: SequenceOrder = SequenceOrder.zigzag
     scan: ScanAlgorithm = ScanAlgorithm.auto
     scan_precision: CommPrecision = CommPrecision.fp32
     scan_constants: str | None = None  # file of measured alpha and beta, for scan=auto

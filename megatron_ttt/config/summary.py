@@ -9,9 +9,10 @@ from math import prod
 from megatron_ttt.config import derived
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.flops import training_flops_per_token
-from megatron_ttt.config.schema import AttentionBackend, Config, CPOrder
-from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
+from megatron_ttt.config.schema import AttentionBackend, Config
+from megatron_ttt.parallel.layout import token_ranges
 from megatron_ttt.rule import added_parameters
+from megatron_ttt.scan_words import SequenceOrder
 
 STATE_BYTES = 4  # fp32
 LEAST_BYTES = 2  # of a number that is computed with: bf16
@@ -130,13 +131,13 @@ def _fast_weight_lines(config: Config) -> list[str]:
 
 def _rank_lines(config: Config, world_size: int) -> list[str]:
     parallel = config.parallel
-    order = SequenceOrder(parallel.cp_order.value)
+    order = parallel.cp_order
     length = config.train.seq_length
     lines = [
         f"ranks         {world_size} = tp {parallel.tp} * cp {parallel.cp} * pp {parallel.pp}"
         f" * dp {derived.data_parallel_size(config, world_size)}"
         f"{', sequence parallel' if derived.sequence_parallel(parallel) else ''}",
-        f"spans         {'two' if parallel.cp_order is CPOrder.zigzag else 'one'} a cp rank"
+        f"spans         {'two' if parallel.cp_order is SequenceOrder.zigzag else 'one'} a cp rank"
         f" ({order.value})"
         if parallel.cp > 1
         else "spans         one, the whole sequence",

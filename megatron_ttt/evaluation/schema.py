@@ -20,8 +20,9 @@ from megatron_ttt.config.effects import ALWAYS, Condition, Effects
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.load import Root
 from megatron_ttt.config.reading import ReadingMode, ReadingRule
-from megatron_ttt.config.schema import Bos, CPOrder, Precision, ScanAlgorithm
+from megatron_ttt.config.schema import Bos, Precision
 from megatron_ttt.data.inputs import InputFormat
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 class EvaluationTask(Enum):
@@ -73,7 +74,7 @@ class EvaluationParallel:
 
     tp: int = 1
     cp: int = 1
-    cp_order: CPOrder = CPOrder.zigzag
+    cp_order: SequenceOrder = SequenceOrder.zigzag
     scan: ScanAlgorithm = ScanAlgorithm.auto
     timeout_s: int = 1800
 

@@ -11,7 +11,6 @@ from megatron_ttt.config.derived import scan_timeout_s
 from megatron_ttt.config.schema import CommPrecision, ParallelConfig
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.parallel.cost import load_topology
-from megatron_ttt.parallel.layout import SequenceOrder
 from megatron_ttt.parallel.scan_group import ScanGroup
 
 
@@ -29,7 +28,7 @@ def scan_settings(parallel: ParallelConfig, scan_group: Any) -> ScanSettings:
     bf16 = parallel.scan_precision is CommPrecision.bf16
     return ScanSettings(
         group=ScanGroup(scan_group, timeout_s=scan_timeout_s(parallel), topology=topology),
-        order=SequenceOrder(parallel.cp_order.value),
-        algorithm=parallel.scan.value,
+        order=parallel.cp_order,
+        algorithm=parallel.scan,
         message_dtype=torch.bfloat16 if bf16 else None,
     )

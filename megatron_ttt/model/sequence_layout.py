@@ -19,11 +19,12 @@ from torch import Tensor
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write
-from megatron_ttt.parallel.layout import SequenceOrder, token_ranges, total_spans
+from megatron_ttt.parallel.layout import token_ranges, total_spans
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.parallel.scan import SpanExchange
 from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.rule import UpdateRule
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 class ReadingSession(Protocol):
@@ -85,7 +86,7 @@ class SequenceLayout(PackedSeqParams):
 
     length: int = 0
     ranges: Sequence[tuple[int, int]] = ()
-    order: SequenceOrder = SequenceOrder.ZIGZAG
+    order: SequenceOrder = SequenceOrder.zigzag
     positions: Tensor | None = None
     documents: Tensor | None = None
     plan: ChunkPlan | None = None
@@ -117,7 +118,7 @@ class ScanSettings:
 
     group: ScanGroup
     order: SequenceOrder
-    algorithm: str
+    algorithm: ScanAlgorithm
     message_dtype: torch.dtype | None
 
 

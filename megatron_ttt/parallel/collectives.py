@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
+from megatron_ttt.parallel.layout import token_ranges
+from megatron_ttt.scan_words import SequenceOrder
 
 
 class _GatherSequences(torch.autograd.Function):

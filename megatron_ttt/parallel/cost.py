@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
 from megatron_ttt.parallel.scan_algorithms.problem import split
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 MOST_BLOCKS = 4096
 LEAST_BLOCK_BYTES = 4096
@@ -65,7 +65,7 @@ class Prediction:
     """Of one scan. ``bytes_sent`` and ``messages`` by the rank that sends most; ``rounds`` one
     after the other; ``states_held`` per rank beside its own carries."""
 
-    algorithm: Algorithm
+    algorithm: ScanAlgorithm
     seconds: float
     bytes_sent: int
     messages: int
@@ -76,18 +76,18 @@ class Prediction:
 
 def count_nodes(ranks: int, order: SequenceOrder) -> int:
     """Nodes of the path."""
-    return ranks if order is SequenceOrder.CONTIGUOUS else 2 * ranks - 1
+    return ranks if order is SequenceOrder.contiguous else 2 * ranks - 1
 
 
 def _nodes_of(rank: int, ranks: int, order: SequenceOrder, direction: Direction) -> list[int]:
-    if order is SequenceOrder.CONTIGUOUS:
+    if order is SequenceOrder.contiguous:
         return [rank if direction is Direction.FORWARD else ranks - 1 - rank]
     back = 2 * (ranks - 1) - rank
     return [rank] if back == rank else [rank, back]
 
 
 def traffic(
-    algorithm: Algorithm,
+    algorithm: ScanAlgorithm,
     *,
     rank: int,
     ranks: int,
@@ -102,11 +102,11 @@ def traffic(
     if last == 0:
         return 0, 0
     senders = sum(node != last for node in held[rank])
-    if algorithm is Algorithm.ALL_GATHER:
+    if algorithm is ScanAlgorithm.all_gather:
         return senders * elements * (ranks - 1), (ranks - 1) * (senders > 0)
-    if algorithm is Algorithm.RING:
+    if algorithm is ScanAlgorithm.ring:
         return senders * elements, senders * min(blocks, elements)
-    if algorithm is Algorithm.DOUBLING:
+    if algorithm is ScanAlgorithm.doubling:
         sent = 0
         for node in held[rank]:
             steps = (node + (1 << level) for level in range((last - node).bit_length()))
@@ -123,7 +123,7 @@ def traffic(
 
 
 def predict(
-    algorithm: Algorithm,
+    algorithm: ScanAlgorithm,
     *,
     ranks: int,
     order: SequenceOrder,
@@ -132,15 +132,15 @@ def predict(
     blocks: int | None = None,
 ) -> Prediction:
     """One scan's time and traffic; ``blocks`` None: the best number for ``ring``."""
-    if algorithm is Algorithm.RING and blocks is None:
+    if algorithm is ScanAlgorithm.ring and blocks is None:
         blocks = best_blocks(ranks=ranks, order=order, state_bytes=state_bytes, topology=topology)
     blocks = blocks or 1
     model = _Model(ranks, order, state_bytes, topology)
     seconds, rounds, held = {
-        Algorithm.ALL_GATHER: model.all_gather,
-        Algorithm.ALL_TO_ALL: model.all_to_all,
-        Algorithm.DOUBLING: model.doubling,
-        Algorithm.RING: lambda: model.ring(blocks),
+        ScanAlgorithm.all_gather: model.all_gather,
+        ScanAlgorithm.all_to_all: model.all_to_all,
+        ScanAlgorithm.doubling: model.doubling,
+        ScanAlgorithm.ring: lambda: model.ring(blocks),
     }[algorithm]()
     most = [
         traffic(algorithm, rank=r, ranks=ranks, order=order, elements=state_bytes, blocks=blocks)
@@ -169,7 +169,7 @@ def choose(*, ranks: int, order: SequenceOrder, state_bytes: int, topology: Topo
     """What ``auto`` takes: the algorithm of the least predicted time."""
     predictions = [
         predict(algorithm, ranks=ranks, order=order, state_bytes=state_bytes, topology=topology)
-        for algorithm in Algorithm
+        for algorithm in ALGORITHMS
     ]
     return min(predictions, key=lambda prediction: prediction.seconds)
 
@@ -190,7 +190,7 @@ class _Model:
     @property
     def doubled(self) -> int:
         """States of an inner rank: its nodes."""
-        return 2 if self.order is SequenceOrder.ZIGZAG and self.ranks > 2 else 1
+        return 2 if self.order is SequenceOrder.zigzag and self.ranks > 2 else 1
 
     @property
     def inside(self) -> int:
@@ -219,7 +219,7 @@ class _Model:
         seconds = self._everyone(self.doubled * self.state_bytes) + self._combine(folded)
         sent = (self.nodes - 1) * peers * self.inside / self.ranks
         # On average a rank folds half of the path (zigzag: up to its second node, three quarters).
-        share = 0.75 if self.order is SequenceOrder.ZIGZAG else 0.5
+        share = 0.75 if self.order is SequenceOrder.zigzag else 0.5
         combined = self.inside * share * folded
         return self._shared(seconds, self.inside * peers, sent, combined), 1, self.nodes - 1
 
@@ -238,7 +238,7 @@ class _Model:
         seconds = messages = 0.0
         for level in range(rounds):
             distance = 1 << level
-            if self.order is SequenceOrder.ZIGZAG and distance == self.nodes - 1:
+            if self.order is SequenceOrder.zigzag and distance == self.nodes - 1:
                 continue  # the one pair of this round lies on rank 0
             both = self.doubled if distance < self.ranks - 1 else 1
             if self.ranks <= self.topology.island:

@@ -6,19 +6,12 @@ every rank the same), ``contiguous`` the span ``r``. A rank's memory holds its s
 listed by :func:`spans_of_rank`.
 """
 
-from enum import Enum
-
-
-class SequenceOrder(Enum):
-    """How spans are dealt to ranks; the values are those of the configuration's ``cp_order``."""
-
-    ZIGZAG = "zigzag"
-    CONTIGUOUS = "contiguous"
+from megatron_ttt.scan_words import SequenceOrder
 
 
 def spans_per_rank(order: SequenceOrder) -> int:
     """Spans that each rank holds: 2 for zigzag, 1 for contiguous."""
-    return 2 if order is SequenceOrder.ZIGZAG else 1
+    return 2 if order is SequenceOrder.zigzag else 1
 
 
 def total_spans(ranks: int, order: SequenceOrder) -> int:
@@ -36,7 +29,7 @@ def spans_of_rank(rank: int, ranks: int, order: SequenceOrder) -> list[int]:
     spans = total_spans(ranks, order)
     if not 0 <= rank < ranks:
         raise ValueError(f"rank = {rank}: not one of 0 to {ranks - 1}")
-    return [rank] if order is SequenceOrder.CONTIGUOUS else [rank, spans - 1 - rank]
+    return [rank] if order is SequenceOrder.contiguous else [rank, spans - 1 - rank]
 
 
 def rank_of_span(span: int, ranks: int, order: SequenceOrder) -> int:
@@ -44,7 +37,7 @@ def rank_of_span(span: int, ranks: int, order: SequenceOrder) -> int:
     spans = total_spans(ranks, order)
     if not 0 <= span < spans:
         raise ValueError(f"span = {span}: not one of 0 to {spans - 1}")
-    return min(span, spans - 1 - span) if order is SequenceOrder.ZIGZAG else span
+    return min(span, spans - 1 - span) if order is SequenceOrder.zigzag else span
 
 
 def check_length(

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.scan_algorithms.problem import Need, Program
 from megatron_ttt.parallel.spans import LocalSpans
 from megatron_ttt.parallel.transport import ScanError, Transport
 from megatron_ttt.parallel.watchdog import Watchdog
+from megatron_ttt.scan_words import ScanAlgorithm
 
 
 @dataclass
 class ScanRecord:
     """Figures of one finished scan, for metrics. Holds no state."""
 
-    algorithm: Algorithm
+    algorithm: ScanAlgorithm
     direction: Direction
     blocks: int
     bytes_sent: int = 0

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import CPU_MACHINE, GPU_CLUSTER, Topology, best_blocks, choose
-from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, spans_per_rank, total_spans
+from megatron_ttt.parallel.layout import spans_of_rank, spans_per_rank, total_spans
 from megatron_ttt.parallel.pending import (
     LocalScan,
     Observer,
@@ -32,11 +32,10 @@ from megatron_ttt.parallel.pending import (
     StreamScan,
     ThreadedScan,
 )
-from megatron_ttt.parallel.scan_algorithms import PROGRAMS, Algorithm
+from megatron_ttt.parallel.scan_algorithms import PROGRAMS
 from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.parallel.spans import LocalSpans, SpanRoute
-
-AUTO = "auto"
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 class SpanExchange:
@@ -48,29 +47,29 @@ class SpanExchange:
         order: which spans this rank holds.
         group: a :class:`ScanGroup`, which remembers checked shapes and keeps scans apart; or a bare
             process group, or None for a single rank: then every scan is checked.
-        algorithm: ``auto`` or one of :class:`Algorithm`.
+        algorithm: ``auto``: the fastest by the cost model.
         comm_dtype: of the messages; None: the states'.
         label: the layer, for errors.
         observer: is handed the :class:`ScanRecord` of every scan that has been waited for.
 
     Raises:
-        ValueError: keeps outside [0, 1] or not of the group's spans; an unknown algorithm or order.
+        ValueError: keeps outside [0, 1] or not of the group's spans.
     """
 
     def __init__(
         self,
         all_keeps_SB: Tensor,
         *,
-        order: SequenceOrder | str,
+        order: SequenceOrder,
         group: Any = None,
-        algorithm: Algorithm | str = AUTO,
+        algorithm: ScanAlgorithm = ScanAlgorithm.auto,
         comm_dtype: torch.dtype | None = None,
         label: str = "",
         observer: Observer | None = None,
     ) -> None:
-        self.order = SequenceOrder(order)
+        self.order = order
         self.group = ScanGroup.of(group)
-        self.algorithm = parse_algorithm(algorithm)
+        self.algorithm = algorithm
         self.comm_dtype = comm_dtype
         self.label = label
         self.observer = observer
@@ -188,7 +187,7 @@ class SpanExchange:
         if not like_SB.dtype.is_floating_point or not like_SB.numel():
             raise ValueError(f"states of {like_SB.dtype}, {list(like_SB.shape)}, cannot be scanned")
 
-    def _resolve(self, like_SB: Tensor) -> tuple[Algorithm, int]:
+    def _resolve(self, like_SB: Tensor) -> tuple[ScanAlgorithm, int]:
         """The algorithm, and the blocks of a ring."""
         dtype = self.comm_dtype or like_SB.dtype
         situation = {
@@ -197,17 +196,17 @@ class SpanExchange:
             "state_bytes": like_SB[0].numel() * dtype.itemsize,
             "topology": self.group.topology or default_topology(like_SB.device),
         }
-        if self.algorithm is None:
+        if self.algorithm is ScanAlgorithm.auto:
             chosen = choose(**situation)  # type: ignore[arg-type]
             return chosen.algorithm, chosen.blocks
-        if self.algorithm is Algorithm.RING:
+        if self.algorithm is ScanAlgorithm.ring:
             return self.algorithm, best_blocks(**situation)  # type: ignore[arg-type]
         return self.algorithm, 1
 
     def _check_across_ranks(
         self,
         like_SB: Tensor,
-        algorithm: Algorithm,
+        algorithm: ScanAlgorithm,
         blocks: int,
         direction: Direction,
         what: str,
@@ -219,17 +218,6 @@ class SpanExchange:
             device=like_SB.device,
             what=what,
         )
-
-
-def parse_algorithm(algorithm: Algorithm | str) -> Algorithm | None:
-    """None for ``auto``. Raises ``ValueError`` listing what there is."""
-    if algorithm == AUTO:
-        return None
-    try:
-        return Algorithm(algorithm)
-    except ValueError:
-        known = ", ".join([AUTO, *(known.value for known in Algorithm)])
-        raise ValueError(f"scan algorithm {algorithm!r} is unknown; there are: {known}") from None
 
 
 def default_topology(device: torch.device) -> Topology:
@@ -255,9 +243,6 @@ def _checked_keeps(all_keeps_SB: Tensor, ranks: int, order: SequenceOrder) -> Te
 
 
 __all__ = [
-    "AUTO",
-    "Algorithm",
     "ScanGroup",
     "SpanExchange",
-    "parse_algorithm",
 ]

@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ttt.parallel.cost import Topology
-from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.transport import GroupTransport, Transport, gather_values
 from megatron_ttt.parallel.watchdog import Watchdog
+from megatron_ttt.scan_words import ScanAlgorithm
 
 TAGS = 1 << 16
 SCAN_TAGS = 1 * TAGS  # above the small tags that others use
@@ -60,7 +60,7 @@ class ScanGroup:
         """``group`` itself, or a new one around a bare process group or None."""
         return group if isinstance(group, cls) else cls(group)
 
-    def describe(self, algorithm: Algorithm | None, label: str) -> str:
+    def describe(self, algorithm: ScanAlgorithm | None, label: str) -> str:
         """Names a scan in errors: group, layer, algorithm, this rank."""
         scan = "scan" if algorithm is None else f"scan {algorithm.value}"
         layer = f" of {label}" if label else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank
+from megatron_ttt.parallel.layout import spans_of_rank
 from megatron_ttt.parallel.scan_algorithms.problem import (
     Keeps,
     Route,
@@ -17,6 +17,7 @@ from megatron_ttt.parallel.scan_algorithms.problem import (
     make_route,
     span_path,
 )
+from megatron_ttt.scan_words import SequenceOrder
 
 
 class SpanRoute:

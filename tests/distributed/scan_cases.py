@@ -10,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, total_spans
+from megatron_ttt.parallel.layout import spans_of_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 @dataclass(frozen=True)
 class Case:
     order: SequenceOrder
-    algorithm: Algorithm
+    algorithm: ScanAlgorithm
     rows: int = 2
     elements: int = 37
     state_dtype: torch.dtype = torch.float64

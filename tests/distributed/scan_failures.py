@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
+from megatron_ttt.parallel.layout import spans_per_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
-from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.scan_algorithms.problem import Exchange
 from megatron_ttt.parallel.transport import Transport
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 TIMEOUT_S = 2.0
-ORDER = SequenceOrder.ZIGZAG
+ORDER = SequenceOrder.zigzag
 
 
 class Faulty:
@@ -46,7 +46,7 @@ class Faulty:
 
 
 def scan_beside_a_fault(
-    rank: int, ranks: int, algorithm: Algorithm, faulty: int, sleep_s: float | None
+    rank: int, ranks: int, algorithm: ScanAlgorithm, faulty: int, sleep_s: float | None
 ) -> tuple[str, float]:
     """The error that this rank is given (empty: none) and after how many seconds.
 
@@ -54,7 +54,7 @@ def scan_beside_a_fault(
     """
     process_group = dist.new_group(list(range(ranks)))
     # After the first round of doubling not every rank depends on the faulty one any more.
-    rounds = 1 if algorithm in (Algorithm.ALL_GATHER, Algorithm.DOUBLING) else 2
+    rounds = 1 if algorithm in (ScanAlgorithm.all_gather, ScanAlgorithm.doubling) else 2
 
     def spoil(transport: Transport) -> Transport:
         return Faulty(transport, rounds=rounds, sleep_s=sleep_s)
@@ -81,13 +81,15 @@ def scan_beside_a_fault(
     return "", time.monotonic() - began
 
 
-def scan_differing(rank: int, ranks: int, algorithms: list[str], shapes: list[int]) -> None:
+def scan_differing(
+    rank: int, ranks: int, algorithms: list[ScanAlgorithm], shapes: list[int]
+) -> None:
     """Each rank comes with its own algorithm and state size, and its own dtype at size 0."""
     width = shapes[rank] or 7
     dtype = torch.float32 if shapes[rank] else torch.bfloat16
     exchange = SpanExchange(
         torch.ones(ranks, 2),
-        order="contiguous",
+        order=SequenceOrder.contiguous,
         group=dist.group.WORLD,
         algorithm=algorithms[rank],
     )
@@ -98,7 +100,12 @@ def scan_unlike(rank: int, ranks: int) -> str:
     """Rank 0 scans another shape than the rest, later than the first time."""
     process_group = dist.new_group(list(range(ranks)))
     group = ScanGroup(process_group, name="cp", timeout_s=1.0)
-    exchange = SpanExchange(torch.ones(ranks, 1), order="contiguous", group=group, algorithm="ring")
+    exchange = SpanExchange(
+        torch.ones(ranks, 1),
+        order=SequenceOrder.contiguous,
+        group=group,
+        algorithm=ScanAlgorithm.ring,
+    )
     exchange.start(torch.ones(1, 1, 8), direction=Direction.FORWARD).wait()
     try:
         width = 4 if rank == 0 else 8

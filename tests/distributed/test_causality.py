@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config, CPOrder
+from megatron_ttt.config.schema import Config
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import Normalize, TargetSource, WriteKind, WriteSettings
+from megatron_ttt.scan_words import SequenceOrder
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer
 from megatron_ttt.training.step import ForwardStep
@@ -74,7 +75,7 @@ def whole_logits(reports: list[Any], number: int) -> Tensor:
         (1, {}),
         (2, {"cp": 2}),
         (4, {"cp": 4}),
-        (2, {"cp": 2, "cp_order": CPOrder.contiguous}),
+        (2, {"cp": 2, "cp_order": SequenceOrder.contiguous}),
         (
             1,
             {

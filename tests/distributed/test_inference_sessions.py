@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import CommPrecision, Config, CPOrder, Toggle
+from megatron_ttt.config.schema import CommPrecision, Config, Toggle
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.inference import model_session
 from megatron_ttt.inference.backend import Turn
@@ -26,6 +26,7 @@ from megatron_ttt.model.initialize import initialize
 from megatron_ttt.parallel.cost import CPU_MACHINE, save_topology
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import TargetSource
+from megatron_ttt.scan_words import SequenceOrder
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from tests.distributed.training_runs import VOCABULARY, live_draw, tiny_config
 from tests.pool import RankPool
@@ -211,8 +212,8 @@ def short_calls() -> Iterator[None]:
     ("ranks", "layout", "calls"),
     [
         (2, {"cp": 2}, [32]),
-        (2, {"cp": 2, "cp_order": CPOrder.contiguous}, [16, 16]),
-        (4, {"cp": 2, "tp": 2, "cp_order": CPOrder.contiguous}, [16, 16]),
+        (2, {"cp": 2, "cp_order": SequenceOrder.contiguous}, [16, 16]),
+        (4, {"cp": 2, "tp": 2, "cp_order": SequenceOrder.contiguous}, [16, 16]),
     ],
 )
 @pytest.mark.parametrize("target", list(TargetSource), ids=lambda target: target.value)

@@ -16,15 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import (
-    Config,
-    CPOrder,
-    Precision,
-    Recompute,
-    ScanAlgorithm,
-    Toggle,
-)
+from megatron_ttt.config.schema import Config, Precision, Recompute, Toggle
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
 from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource, WriteKind, WriteSettings
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from megatron_ttt.training.loop import Trainer
 from tests.distributed.training_runs import (
     Fault,
@@ -41,7 +36,7 @@ GRADIENT_BOUND, LOSS_BOUND, NORM_BOUND = 1e-4, 2e-5, 5e-4
 
 FULL = {"recompute": Recompute.full}
 SELECTIVE = {"recompute": Recompute.selective, "recompute_modules": ("core_attn", "mlp")}
-CONTIGUOUS = {"cp_order": CPOrder.contiguous}
+CONTIGUOUS = {"cp_order": SequenceOrder.contiguous}
 DENSE = {"packed": False}
 EMBEDDINGS = {
     "target": TargetSource.input_embeddings,
@@ -174,9 +169,6 @@ def test_layout_equals_one_rank(
     pool: RankPool, baselines: Baselines, case: tuple[int, dict[str, Any]]
 ) -> None:
     assert compare(pool, baselines, *case) == []
-
-
-ALGORITHMS = [algorithm for algorithm in ScanAlgorithm if algorithm is not ScanAlgorithm.auto]
 
 
 @pytest.mark.parametrize("scan", ALGORITHMS, ids=lambda scan: scan.value)

@@ -19,16 +19,10 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
-from megatron_ttt.config.schema import (
-    CheckpointConfig,
-    Config,
-    CPOrder,
-    Recompute,
-    Toggle,
-    ValidationConfig,
-)
+from megatron_ttt.config.schema import CheckpointConfig, Config, Recompute, Toggle, ValidationConfig
 from megatron_ttt.data.batches import Batch, DataStreams
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import SequenceOrder
 from megatron_ttt.training import checkpoint_saver, loop
 from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, SaveFailed, SaveMode
@@ -61,11 +55,10 @@ from tests.pool import RankPool
 
 STOP_AT = 4
 LOSS_BOUND = 2e-5
-ALGORITHMS = list(Algorithm)  # each step scans by another one
 
 FULL = {"recompute": Recompute.full}
 SELECTIVE = {"recompute": Recompute.selective, "recompute_modules": ("core_attn", "mlp")}
-CONTIGUOUS = {"cp_order": CPOrder.contiguous}
+CONTIGUOUS = {"cp_order": SequenceOrder.contiguous}
 NO_SP = {"sequence_parallel": Toggle.off}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "bucket_size": 5_000}
 
@@ -203,6 +196,7 @@ def phases(
     whole_step = trainer.train_step
 
     def train_step(data: Any) -> Any:
+        # each step scans by another one
         trainer.scan = replace(trainer.scan, algorithm=ALGORITHMS[len(losses)])
         with record.during("step"):
             return whole_step(data)

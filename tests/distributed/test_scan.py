@@ -8,8 +8,9 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import traffic
-from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.layout import spans_of_rank
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from tests.distributed.scan_cases import (
     Case,
     count_traffic,
@@ -25,7 +26,7 @@ from tests.distributed.scan_cases import (
 )
 from tests.pool import RankPool
 
-EVERY = list(product(SequenceOrder, Algorithm))
+EVERY = list(product(SequenceOrder, ALGORITHMS))
 RANKS = list(range(1, 9))
 
 
@@ -102,7 +103,7 @@ def test_parity_in_less_precision(
 
 @pytest.mark.parametrize(("order", "algorithm"), EVERY)
 def test_a_keep_of_zero_stops_infinities(
-    pool: RankPool, order: SequenceOrder, algorithm: Algorithm
+    pool: RankPool, order: SequenceOrder, algorithm: ScanAlgorithm
 ) -> None:
     case = Case(order, algorithm, rows=3, elements=11)
     ranks = 4
@@ -119,7 +120,7 @@ def test_a_keep_of_zero_stops_infinities(
 
 @pytest.mark.parametrize("order", SequenceOrder)
 def test_subgroups_of_the_world(pool: RankPool, order: SequenceOrder) -> None:
-    for algorithm in Algorithm:
+    for algorithm in ALGORITHMS:
         case = Case(order, algorithm)
         results = pool.run(scan_on_subgroups, case, ranks=6)
         for parity in range(2):
@@ -128,7 +129,7 @@ def test_subgroups_of_the_world(pool: RankPool, order: SequenceOrder) -> None:
 
 @pytest.mark.parametrize("order", SequenceOrder)
 def test_summaries_handed_in_late(pool: RankPool, order: SequenceOrder) -> None:
-    for algorithm in Algorithm:
+    for algorithm in ALGORITHMS:
         case = Case(order, algorithm)
         problem = make_problem(case, 3)
         expected = scan_by_definition(problem.states_SBM, problem.keeps_SB)
@@ -168,10 +169,10 @@ def test_bytes_at_the_transport_are_the_models(pool: RankPool, ranks: int) -> No
             size = (case.comm_dtype or case.state_dtype).itemsize
             assert (sent, messages) == (elements * size, predicted)
             state = case.rows * case.elements * size
-            if case.algorithm is Algorithm.RING:
+            if case.algorithm is ScanAlgorithm.ring:
                 assert sent <= 2 * state
-            if case.algorithm is Algorithm.ALL_TO_ALL and case.elements == 840:
-                factor = 4 if case.order is SequenceOrder.ZIGZAG else 2
+            if case.algorithm is ScanAlgorithm.all_to_all and case.elements == 840:
+                factor = 4 if case.order is SequenceOrder.zigzag else 2
                 assert sent <= factor * state * (ranks - 1) // ranks
             if ranks == 2:
                 assert sent <= state  # one state each way suffices

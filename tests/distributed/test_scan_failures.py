@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import ScanAlgorithm
 from tests.distributed.scan_failures import (
     TIMEOUT_S,
     scan_beside_a_fault,
@@ -18,7 +19,7 @@ NAMED = r"ScanError: scan {} of layer 6 over the cp group, rank {} of 4: .* rank
 
 
 def test_a_rank_dies_in_the_middle(pool: RankPool) -> None:
-    outcomes = pool.outcomes(scan_beside_a_fault, Algorithm.RING, 1, None, ranks=4)
+    outcomes = pool.outcomes(scan_beside_a_fault, ScanAlgorithm.ring, 1, None, ranks=4)
     assert [outcome.status is Status.DIED for outcome in outcomes] == [False, True, False, False]
     for rank in (0, 2, 3):
         message, seconds = outcomes[rank].value
@@ -26,8 +27,8 @@ def test_a_rank_dies_in_the_middle(pool: RankPool) -> None:
         assert seconds < TIMEOUT_S + SLACK_S
 
 
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_a_rank_is_later_than_the_timeout(pool: RankPool, algorithm: Algorithm) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_rank_is_later_than_the_timeout(pool: RankPool, algorithm: ScanAlgorithm) -> None:
     late = 2
     results = pool.run(scan_beside_a_fault, algorithm, late, TIMEOUT_S + 1.5, ranks=4)
     failed = [rank for rank, (message, _) in enumerate(results) if message]
@@ -40,13 +41,14 @@ def test_a_rank_is_later_than_the_timeout(pool: RankPool, algorithm: Algorithm) 
 
 
 def test_shapes_and_dtypes_that_differ_name_the_ranks(pool: RankPool) -> None:
-    same = ["ring"] * 3
+    ring = ScanAlgorithm.ring
+    same = [ring] * 3
     with pytest.raises(ValueError, match=r"ranks \[0, 2\]: states \[1, 2, 5\] of torch.float32"):
         pool.run(scan_differing, same, [5, 6, 5], ranks=3)
     with pytest.raises(ValueError, match=r"ranks \[1\]: states \[1, 2, 7\] of torch.bfloat16"):
         pool.run(scan_differing, same, [7, 0, 7], ranks=3)
     with pytest.raises(ValueError, match=r"ranks \[2\]: .* doubling in 1 block"):
-        pool.run(scan_differing, ["ring", "ring", "doubling"], [5, 5, 5], ranks=3)
+        pool.run(scan_differing, [ring, ring, ScanAlgorithm.doubling], [5, 5, 5], ranks=3)
     pool.run(scan_differing, same, [5, 5, 5], ranks=3)
 
 

@@ -11,13 +11,14 @@ from megatron_ttt.benchmarks.delayed_transport import DelayedTransport
 from megatron_ttt.benchmarks.scan import Report, ScanProblem, measure
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import load_topology, save_topology
-from megatron_ttt.parallel.layout import SequenceOrder, spans_per_rank, total_spans
+from megatron_ttt.parallel.layout import spans_per_rank, total_spans
 from megatron_ttt.parallel.scan import ScanGroup, SpanExchange
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
 from megatron_ttt.parallel.transport import Transport
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from tests.pool import RankPool
 
-ORDER = SequenceOrder.ZIGZAG
+ORDER = SequenceOrder.zigzag
 DELAY_S = 0.1
 
 
@@ -25,7 +26,7 @@ def slow_links(transport: Transport) -> Transport:
     return DelayedTransport(transport, alpha_s=DELAY_S, beta_s_per_byte=0.0)
 
 
-def exposed_waits(rank: int, ranks: int, algorithm: Algorithm) -> tuple[float, float]:
+def exposed_waits(rank: int, ranks: int, algorithm: ScanAlgorithm) -> tuple[float, float]:
     """Seconds exposed when awaited at once, and behind as much work.
 
     The work sleeps: it stands for a device's, which does not share this machine's two cores.
@@ -48,8 +49,8 @@ def exposed_waits(rank: int, ranks: int, algorithm: Algorithm) -> tuple[float, f
     return exposed[0], exposed[1]
 
 
-@pytest.mark.parametrize("algorithm", Algorithm)
-def test_overlap_hides_slow_links(pool: RankPool, algorithm: Algorithm) -> None:
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_overlap_hides_slow_links(pool: RankPool, algorithm: ScanAlgorithm) -> None:
     waits = pool.run(exposed_waits, algorithm, ranks=4)
     alone = max(wait for wait, _ in waits)
     overlapped = max(wait for _, wait in waits)
@@ -66,7 +67,7 @@ def test_the_benchmark_has_a_pulse(pool: RankPool, tmp_path: Path) -> None:
     reports = pool.run(benchmark_ranks, ORDER, ranks=4)
     assert all(report.timings == reports[0].timings for report in reports)
     report = reports[0]
-    assert [timing.algorithm for timing in report.timings] == [a.value for a in Algorithm]
+    assert [timing.algorithm for timing in report.timings] == [a.value for a in ALGORITHMS]
     assert all(timing.median_s >= timing.least_s > 0 for timing in report.timings)
     assert report.timings[3].bytes_sent == 2 * 4 * 50_000
     assert report.auto_of_best >= 1 and report.gain_over_all_gather > 0

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder
 from megatron_ttt.parallel.pending import PendingScan, StreamScan
 from megatron_ttt.parallel.scan import SpanExchange
-from megatron_ttt.parallel.scan_algorithms import Algorithm
 from megatron_ttt.parallel.scan_algorithms.problem import Exchange
 from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.parallel.transport import ScanError
 from megatron_ttt.parallel.watchdog import Watchdog
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from tests.end_to_end.lives import Run
 
 Mail = dict[tuple[int, int], deque[tuple[Tensor, Any]]]  # (sender, receiver): tensor, event
@@ -87,9 +86,9 @@ def stream_scan_error(
     for rank in order:
         exchange = SpanExchange(
             keeps,
-            order=SequenceOrder.CONTIGUOUS,
+            order=SequenceOrder.contiguous,
             group=PretendedGroup(rank, ranks, mail),
-            algorithm=Algorithm.RING,
+            algorithm=ScanAlgorithm.ring,
         )
         late = torch.full((1, 2, width), math.nan, device=device)
         pending: PendingScan = exchange.open(late, direction=direction)

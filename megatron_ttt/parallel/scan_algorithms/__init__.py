@@ -6,27 +6,19 @@ combines.
 """
 
 from collections.abc import Callable
-from enum import Enum
 
 from megatron_ttt.parallel.scan_algorithms.all_gather import all_gather
 from megatron_ttt.parallel.scan_algorithms.all_to_all import all_to_all
 from megatron_ttt.parallel.scan_algorithms.doubling import doubling
 from megatron_ttt.parallel.scan_algorithms.problem import Carries, Program, ScanProblem, Summaries
 from megatron_ttt.parallel.scan_algorithms.ring import ring
+from megatron_ttt.scan_words import ScanAlgorithm
 
-
-class Algorithm(Enum):
-    """The values are those of the configuration's ``parallel.scan``."""
-
-    ALL_GATHER = "all_gather"
-    ALL_TO_ALL = "all_to_all"
-    DOUBLING = "doubling"
-    RING = "ring"
-
-
-PROGRAMS: dict[Algorithm, Callable[[ScanProblem, Summaries, Carries], Program]] = {
-    Algorithm.ALL_GATHER: all_gather,
-    Algorithm.ALL_TO_ALL: all_to_all,
-    Algorithm.DOUBLING: doubling,
-    Algorithm.RING: ring,
+PROGRAMS: dict[ScanAlgorithm, Callable[[ScanProblem, Summaries, Carries], Program]] = {
+    ScanAlgorithm.all_gather: all_gather,
+    ScanAlgorithm.all_to_all: all_to_all,
+    ScanAlgorithm.doubling: doubling,
+    ScanAlgorithm.ring: ring,
 }
+
+ALGORITHMS = tuple(PROGRAMS)

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder, rank_of_span, total_spans
+from megatron_ttt.parallel.layout import rank_of_span, total_spans
+from megatron_ttt.scan_words import SequenceOrder
 
 
 class Message(NamedTuple):

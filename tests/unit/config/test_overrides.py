@@ -5,7 +5,7 @@ import pytest
 from megatron_ttt.config.faults import ConfigError, Fault, show, suggest
 from megatron_ttt.config.load import CONFIG_DIR, from_yaml, load_config
 from megatron_ttt.config.overrides import check_overrides, group_options
-from megatron_ttt.config.schema import CPOrder
+from megatron_ttt.scan_words import SequenceOrder
 
 
 def lines(*words: str) -> list[str]:
@@ -84,6 +84,6 @@ def test_a_saved_configuration_that_does_not_fit() -> None:
 
 
 def test_values_are_shown_as_typed() -> None:
-    assert show([1, None, True, CPOrder.zigzag, "a"]) == "[1,null,true,zigzag,a]"
+    assert show([1, None, True, SequenceOrder.zigzag, "a"]) == "[1,null,true,zigzag,a]"
     assert Fault("k", None, "a\n b").line() == "k=null: a b"
     assert suggest("hello", ["world"]) == ""

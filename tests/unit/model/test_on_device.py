@@ -19,7 +19,8 @@ from megatron_ttt.inference.token_runs import TokenRuns
 from megatron_ttt.model.attention import TorchAttention
 from megatron_ttt.model.sequence_layout import SequenceLayout
 from megatron_ttt.parallel.collectives import gather_sequences
-from megatron_ttt.parallel.layout import SequenceOrder, token_ranges
+from megatron_ttt.parallel.layout import token_ranges
+from megatron_ttt.scan_words import SequenceOrder
 from tests.distributed.training_runs import tiny_config
 from tests.fake_device import fake_group
 
@@ -103,7 +104,7 @@ def test_a_plan_travels_without_waiting() -> None:
         plan = plan_chunks(
             starts, batch=2, length=64, chunk_size=8, padding_BT=padding, device=META
         )
-        plan.select_tokens(token_ranges(0, 2, SequenceOrder.ZIGZAG, 64))
+        plan.select_tokens(token_ranges(0, 2, SequenceOrder.zigzag, 64))
     total = counter.total()
     assert total.uploads == 5
     assert (total.pageable, total.syncs) == (0, 0)

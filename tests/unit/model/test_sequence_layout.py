@@ -12,7 +12,7 @@ from megatron_ttt.model.sequence_layout import (
     places_in_documents,
     sequence_layout,
 )
-from megatron_ttt.parallel.layout import SequenceOrder
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
 
 def layout_of(rank: int, ranks: int, order: SequenceOrder, length: int = 64) -> SequenceLayout:
@@ -27,7 +27,7 @@ def layout_of(rank: int, ranks: int, order: SequenceOrder, length: int = 64) -> 
         mask_attention=False,
         reset_positions=False,
         reset_fast_weights=False,
-        scan=ScanSettings(group, order, "auto", None),
+        scan=ScanSettings(group, order, ScanAlgorithm.auto, None),
         device=torch.device("cpu"),
     )
 

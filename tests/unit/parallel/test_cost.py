@@ -17,14 +17,14 @@ from megatron_ttt.parallel.cost import (
     save_topology,
     traffic,
 )
-from megatron_ttt.parallel.layout import SequenceOrder
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
-ZIGZAG, CONTIGUOUS = SequenceOrder.ZIGZAG, SequenceOrder.CONTIGUOUS
+ZIGZAG, CONTIGUOUS = SequenceOrder.zigzag, SequenceOrder.contiguous
 STATE = 5040  # elements, divisible by every P used here
 
 
-def sent_states(algorithm: Algorithm, order: SequenceOrder, ranks: int) -> list[float]:
+def sent_states(algorithm: ScanAlgorithm, order: SequenceOrder, ranks: int) -> list[float]:
     return [
         traffic(algorithm, rank=rank, ranks=ranks, order=order, elements=STATE)[0] / STATE
         for rank in range(ranks)
@@ -35,26 +35,28 @@ def sent_states(algorithm: Algorithm, order: SequenceOrder, ranks: int) -> list[
 def test_states_sent_by_inner_ranks(ranks: int) -> None:
     """An inner rank sends what the table of the documentation says, the ends of the row less."""
     inner = ranks // 2
-    zigzag = {a: sent_states(a, ZIGZAG, ranks) for a in Algorithm}
-    contiguous = {a: sent_states(a, CONTIGUOUS, ranks) for a in Algorithm}
-    assert zigzag[Algorithm.ALL_GATHER][inner] == 2 * (ranks - 1)
-    assert contiguous[Algorithm.ALL_GATHER][inner] == ranks - 1
-    assert zigzag[Algorithm.RING] == [1.0] + [2.0] * (ranks - 2) + [1.0]
-    assert contiguous[Algorithm.RING] == [1.0] * (ranks - 1) + [0.0]
+    zigzag = {a: sent_states(a, ZIGZAG, ranks) for a in ALGORITHMS}
+    contiguous = {a: sent_states(a, CONTIGUOUS, ranks) for a in ALGORITHMS}
+    assert zigzag[ScanAlgorithm.all_gather][inner] == 2 * (ranks - 1)
+    assert contiguous[ScanAlgorithm.all_gather][inner] == ranks - 1
+    assert zigzag[ScanAlgorithm.ring] == [1.0] + [2.0] * (ranks - 2) + [1.0]
+    assert contiguous[ScanAlgorithm.ring] == [1.0] * (ranks - 1) + [0.0]
     # Nothing enters the first node, and rank P-1 needs one carry for its two neighbouring spans.
-    assert zigzag[Algorithm.ALL_TO_ALL][inner] == pytest.approx((4 * (ranks - 1) - 2) / ranks)
-    assert contiguous[Algorithm.ALL_TO_ALL][inner] == pytest.approx((2 * (ranks - 1) - 1) / ranks)
+    assert zigzag[ScanAlgorithm.all_to_all][inner] == pytest.approx((4 * (ranks - 1) - 2) / ranks)
+    assert contiguous[ScanAlgorithm.all_to_all][inner] == pytest.approx(
+        (2 * (ranks - 1) - 1) / ranks
+    )
 
 
 def test_doubling_sends_a_state_per_node_and_round() -> None:
-    assert sent_states(Algorithm.DOUBLING, CONTIGUOUS, 8) == [3, 3, 3, 3, 2, 2, 1, 0]
-    mean = sum(sent_states(Algorithm.DOUBLING, ZIGZAG, 64)) / 64
+    assert sent_states(ScanAlgorithm.doubling, CONTIGUOUS, 8) == [3, 3, 3, 3, 2, 2, 1, 0]
+    mean = sum(sent_states(ScanAlgorithm.doubling, ZIGZAG, 64)) / 64
     assert 0.8 * 2 * 6 < mean < 2 * 6
 
 
-@pytest.mark.parametrize("algorithm", Algorithm)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("order", SequenceOrder)
-def test_one_rank_is_free(algorithm: Algorithm, order: SequenceOrder) -> None:
+def test_one_rank_is_free(algorithm: ScanAlgorithm, order: SequenceOrder) -> None:
     prediction = predict(algorithm, ranks=1, order=order, state_bytes=1000, topology=GPU_CLUSTER)
     assert (prediction.seconds, prediction.bytes_sent, prediction.messages) == (0, 0, 0)
 
@@ -62,11 +64,11 @@ def test_one_rank_is_free(algorithm: Algorithm, order: SequenceOrder) -> None:
 def test_what_wins_where() -> None:
     """Small states: few rounds. Large states: few bytes."""
     small = choose(ranks=64, order=ZIGZAG, state_bytes=1000, topology=GPU_CLUSTER)
-    assert small.algorithm is Algorithm.DOUBLING
+    assert small.algorithm is ScanAlgorithm.doubling
     large = choose(ranks=64, order=ZIGZAG, state_bytes=400_000_000, topology=GPU_CLUSTER)
-    assert large.algorithm is Algorithm.RING and large.blocks > 8
+    assert large.algorithm is ScanAlgorithm.ring and large.blocks > 8
     gathered = predict(
-        Algorithm.ALL_GATHER,
+        ScanAlgorithm.all_gather,
         ranks=64,
         order=ZIGZAG,
         state_bytes=400_000_000,
@@ -83,7 +85,7 @@ def test_what_wins_where() -> None:
 def test_auto_is_the_least_of_the_four(ranks: int, order: SequenceOrder) -> None:
     for state_bytes in (1_000, 1_000_000, 100_000_000):
         situation = {"order": order, "state_bytes": state_bytes, "topology": GPU_CLUSTER}
-        seconds = [predict(a, ranks=ranks, **situation).seconds for a in Algorithm]
+        seconds = [predict(a, ranks=ranks, **situation).seconds for a in ALGORITHMS]
         assert choose(ranks=ranks, **situation).seconds == min(seconds)
 
 
@@ -100,7 +102,7 @@ def test_lanes_bound_the_time_from_below() -> None:
     free = Topology(8, link, link)
     crowded = Topology(8, link, link, lanes=2)
     situation = {"ranks": 8, "order": ZIGZAG, "state_bytes": 1_000_000}
-    for algorithm in Algorithm:
+    for algorithm in ALGORITHMS:
         alone = predict(algorithm, topology=free, blocks=4, **situation)
         shared = predict(algorithm, topology=crowded, blocks=4, **situation)
         assert shared.seconds >= alone.seconds

@@ -3,7 +3,6 @@
 import pytest
 
 from megatron_ttt.parallel.layout import (
-    SequenceOrder,
     check_length,
     nearest_valid_lengths,
     rank_of_span,
@@ -12,23 +11,24 @@ from megatron_ttt.parallel.layout import (
     token_ranges,
     total_spans,
 )
+from megatron_ttt.scan_words import SequenceOrder
 
 ORDERS = list(SequenceOrder)
 
 
 def test_zigzag_on_four_ranks_is_megatrons_balanced_order() -> None:
-    held = [spans_of_rank(rank, 4, SequenceOrder.ZIGZAG) for rank in range(4)]
+    held = [spans_of_rank(rank, 4, SequenceOrder.zigzag) for rank in range(4)]
     assert held == [[0, 7], [1, 6], [2, 5], [3, 4]]
 
 
 def test_contiguous_on_three_ranks() -> None:
-    held = [spans_of_rank(rank, 3, SequenceOrder.CONTIGUOUS) for rank in range(3)]
+    held = [spans_of_rank(rank, 3, SequenceOrder.contiguous) for rank in range(3)]
     assert held == [[0], [1], [2]]
 
 
 def test_token_ranges_of_rank_one_of_two() -> None:
-    assert token_ranges(1, 2, SequenceOrder.ZIGZAG, 16) == [(4, 8), (8, 12)]
-    assert token_ranges(1, 2, SequenceOrder.CONTIGUOUS, 16) == [(8, 16)]
+    assert token_ranges(1, 2, SequenceOrder.zigzag, 16) == [(4, 8), (8, 12)]
+    assert token_ranges(1, 2, SequenceOrder.contiguous, 16) == [(8, 16)]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -47,26 +47,26 @@ def test_every_token_has_one_rank(order: SequenceOrder, ranks: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
 def test_zigzag_balances_causal_work(ranks: int) -> None:
-    work = [sum(spans_of_rank(rank, ranks, SequenceOrder.ZIGZAG)) for rank in range(ranks)]
+    work = [sum(spans_of_rank(rank, ranks, SequenceOrder.zigzag)) for rank in range(ranks)]
     assert len(set(work)) == 1
 
 
 def test_one_rank_takes_any_length() -> None:
-    check_length(17, ranks=1, order=SequenceOrder.ZIGZAG, chunk_size=4)
-    assert token_ranges(0, 1, SequenceOrder.ZIGZAG, 17) == [(0, 17)]
-    assert token_ranges(0, 1, SequenceOrder.CONTIGUOUS, 17) == [(0, 17)]
+    check_length(17, ranks=1, order=SequenceOrder.zigzag, chunk_size=4)
+    assert token_ranges(0, 1, SequenceOrder.zigzag, 17) == [(0, 17)]
+    assert token_ranges(0, 1, SequenceOrder.contiguous, 17) == [(0, 17)]
 
 
 def test_a_wrong_length_names_the_nearest_valid_ones() -> None:
     with pytest.raises(
         ValueError, match=r"length 1000 .* multiple of 256; nearest valid: 768 or 1024"
     ):
-        check_length(1000, ranks=2, order=SequenceOrder.ZIGZAG, chunk_size=64)
+        check_length(1000, ranks=2, order=SequenceOrder.zigzag, chunk_size=64)
     with pytest.raises(ValueError, match="multiple of 192; nearest valid: 192"):
-        check_length(100, ranks=3, order=SequenceOrder.CONTIGUOUS, chunk_size=64)
+        check_length(100, ranks=3, order=SequenceOrder.contiguous, chunk_size=64)
     with pytest.raises(ValueError, match=r"length 30 .* multiple of 8"):
-        token_ranges(0, 4, SequenceOrder.ZIGZAG, 30)
-    check_length(1024, ranks=2, order=SequenceOrder.ZIGZAG, chunk_size=64)
+        token_ranges(0, 4, SequenceOrder.zigzag, 30)
+    check_length(1024, ranks=2, order=SequenceOrder.zigzag, chunk_size=64)
     assert nearest_valid_lengths(512, 256) == [512]
 
 

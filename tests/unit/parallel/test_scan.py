@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from megatron_ttt.fast_weights import Direction
-from megatron_ttt.parallel.layout import SequenceOrder
 from megatron_ttt.parallel.scan import SpanExchange
 from megatron_ttt.parallel.transport import ScanError
 from megatron_ttt.parallel.watchdog import Watchdog
+from megatron_ttt.scan_words import SequenceOrder
 
-ZIGZAG, CONTIGUOUS = SequenceOrder.ZIGZAG, SequenceOrder.CONTIGUOUS
+ZIGZAG, CONTIGUOUS = SequenceOrder.zigzag, SequenceOrder.contiguous
 
 
 def test_two_spans_of_a_single_rank() -> None:
@@ -82,13 +82,6 @@ def test_states_of_integers_are_refused() -> None:
     exchange = SpanExchange(torch.ones(1, 2), order=CONTIGUOUS)
     with pytest.raises(ValueError, match=r"torch\.int64"):
         exchange.start(torch.ones(1, 2, 4).long(), direction=Direction.FORWARD)
-
-
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"'tree' is unknown; .*auto, all_gather, .*, ring"):
-        SpanExchange(torch.ones(1, 1), order="contiguous", algorithm="tree")
-    with pytest.raises(ValueError, match="striped"):
-        SpanExchange(torch.ones(1, 1), order="striped")
 
 
 def test_the_watchdog_gives_up_and_frees_the_device() -> None:

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import Direction
 from megatron_ttt.parallel.cost import GPU_CLUSTER, Link, Topology, best_blocks, predict, traffic
-from megatron_ttt.parallel.layout import SequenceOrder, spans_of_rank, total_spans
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.parallel.layout import spans_of_rank, total_spans
+from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
+from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from tests.simulator import Simulation, simulate
 
-EVERY = list(product(SequenceOrder, Algorithm))
+EVERY = list(product(SequenceOrder, ALGORITHMS))
 FLAT = Topology(1 << 20, Link(1e-5, 1e-9), Link(1e-5, 1e-9), 1e-10)
 SINGLE = Topology(1, Link(1e-5, 1e-9), Link(2e-5, 2e-9))
 
@@ -32,7 +33,7 @@ def scan_by_definition(states_SBM: Tensor, keeps_SB: Tensor, direction: Directio
 def check_parity(
     ranks: int,
     order: SequenceOrder,
-    algorithm: Algorithm,
+    algorithm: ScanAlgorithm,
     direction: Direction,
     *,
     rows: int = 2,
@@ -69,7 +70,7 @@ def check_parity(
 @pytest.mark.parametrize(("order", "algorithm"), EVERY)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 33])
 def test_parity_with_factors_that_depend_on_data(
-    ranks: int, order: SequenceOrder, algorithm: Algorithm
+    ranks: int, order: SequenceOrder, algorithm: ScanAlgorithm
 ) -> None:
     for direction in Direction:
         check_parity(ranks, order, algorithm, direction, has_factors=True)
@@ -77,7 +78,7 @@ def test_parity_with_factors_that_depend_on_data(
 
 @pytest.mark.parametrize(("order", "algorithm"), EVERY)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7, 64])
-def test_parity_and_bytes(ranks: int, order: SequenceOrder, algorithm: Algorithm) -> None:
+def test_parity_and_bytes(ranks: int, order: SequenceOrder, algorithm: ScanAlgorithm) -> None:
     for direction in Direction:
         simulation = check_parity(ranks, order, algorithm, direction)
         for rank in range(ranks):
@@ -96,9 +97,9 @@ def test_parity_and_bytes(ranks: int, order: SequenceOrder, algorithm: Algorithm
 
 @pytest.mark.parametrize(
     ("order", "algorithm"),
-    [pair for pair in EVERY if pair[1] in (Algorithm.DOUBLING, Algorithm.RING)],
+    [pair for pair in EVERY if pair[1] in (ScanAlgorithm.doubling, ScanAlgorithm.ring)],
 )
-def test_parity_of_a_thousand_ranks(order: SequenceOrder, algorithm: Algorithm) -> None:
+def test_parity_of_a_thousand_ranks(order: SequenceOrder, algorithm: ScanAlgorithm) -> None:
     check_parity(1000, order, algorithm, Direction.FORWARD, rows=1, elements=11, blocks=4)
 
 
@@ -106,28 +107,28 @@ def test_parity_of_a_thousand_ranks(order: SequenceOrder, algorithm: Algorithm) 
 @pytest.mark.parametrize(
     ("order", "algorithm", "elements"),
     [
-        (SequenceOrder.CONTIGUOUS, Algorithm.ALL_GATHER, 3),  # a million messages
-        (SequenceOrder.ZIGZAG, Algorithm.ALL_TO_ALL, 60),  # only sixty ranks own a slice
+        (SequenceOrder.contiguous, ScanAlgorithm.all_gather, 3),  # a million messages
+        (SequenceOrder.zigzag, ScanAlgorithm.all_to_all, 60),  # only sixty ranks own a slice
     ],
 )
 def test_parity_of_a_thousand_ranks_that_all_talk(
-    order: SequenceOrder, algorithm: Algorithm, elements: int
+    order: SequenceOrder, algorithm: ScanAlgorithm, elements: int
 ) -> None:
     check_parity(1000, order, algorithm, Direction.REVERSE, rows=1, elements=elements)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algorithm", [Algorithm.DOUBLING, Algorithm.RING])
-def test_parity_of_4096_ranks(algorithm: Algorithm) -> None:
+@pytest.mark.parametrize("algorithm", [ScanAlgorithm.doubling, ScanAlgorithm.ring])
+def test_parity_of_4096_ranks(algorithm: ScanAlgorithm) -> None:
     check_parity(
-        4096, SequenceOrder.ZIGZAG, algorithm, Direction.FORWARD, rows=1, elements=4, blocks=2
+        4096, SequenceOrder.zigzag, algorithm, Direction.FORWARD, rows=1, elements=4, blocks=2
     )
 
 
 @pytest.mark.parametrize(("order", "algorithm"), EVERY)
 @pytest.mark.parametrize("topology", [FLAT, SINGLE, GPU_CLUSTER], ids=["flat", "single", "gpu"])
 def test_the_closed_forms_agree_with_the_clock(
-    topology: Topology, order: SequenceOrder, algorithm: Algorithm
+    topology: Topology, order: SequenceOrder, algorithm: ScanAlgorithm
 ) -> None:
     """Within a third; the closed forms leave out how rounds of different links interleave."""
     for ranks, state_bytes in product([2, 5, 8, 32], [10_000, 10_000_000]):
@@ -160,8 +161,8 @@ def test_one_message_takes_alpha_and_beta() -> None:
     simulation = simulate(
         [torch.ones(1, 1, 250), torch.ones(1, 1, 250)],
         torch.ones(2, 1),
-        order=SequenceOrder.CONTIGUOUS,
-        algorithm=Algorithm.RING,
+        order=SequenceOrder.contiguous,
+        algorithm=ScanAlgorithm.ring,
         topology=SINGLE,
     )
     assert simulation.finished_s == pytest.approx([0.0, 2e-5 + 1000 * 2e-9])

@@ -10,7 +10,7 @@ from megatron_ttt.benchmarks.scan_plan import plan_rows, state_bytes, unit_secon
 from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import Config
 from megatron_ttt.parallel.cost import GPU_CLUSTER
-from megatron_ttt.parallel.scan_algorithms import Algorithm
+from megatron_ttt.scan_words import ScanAlgorithm
 
 ROOT = Path(__file__).resolve().parents[3]
 OVERRIDES = ["+model=qwen3_8b", "parallel.cp=8", "train.seq_length=32768"]
@@ -37,7 +37,7 @@ def test_rows_of_qwen3_8b() -> None:
 
 def test_a_named_algorithm_is_kept() -> None:
     rows = plan_rows(configuration("parallel.scan=doubling"), GPU_CLUSTER, flops=4e14, ranks=(16,))
-    assert rows[0].chosen.algorithm is Algorithm.DOUBLING
+    assert rows[0].chosen.algorithm is ScanAlgorithm.doubling
 
 
 def test_without_fast_weights_there_is_no_scan() -> None:
