@@ -27,13 +27,13 @@ from megatron_ttt.evaluation.report import MODE_NAMES
 from megatron_ttt.evaluation.ruler.haystack import Haystack
 from megatron_ttt.evaluation.ruler.sample import (
     LONGEST,
+    RulerTask,
     Sample,
     make_sample,
     sample_rng,
     smallest_length,
 )
 from megatron_ttt.evaluation.ruler.scoring import string_match
-from megatron_ttt.evaluation.schema import RulerTask
 from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.inference.generation import generate
 from megatron_ttt.inference.model_session import LogitsOf

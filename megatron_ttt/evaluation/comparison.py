@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from megatron_ttt.config.faults import show
 from megatron_ttt.config.run_directory import flatten
+from megatron_ttt.evaluation.drawing import BETTER, WORSE, finish, mark_window, name_groups, panels
 from megatron_ttt.evaluation.report import Report, Table
 
 BASELINE = "ttt=off"
@@ -125,12 +126,28 @@ class Setting:
         """Loss beyond the window, by seed."""
         return [result.beyond(result.losses) for result in self.by_seed.values()]
 
-    def gains(self, baseline: Setting) -> list[float]:
-        """Loss beyond the window minus the baseline's, for every seed that both have."""
+    def beyond_off(self) -> dict[int, float]:
+        """Return the same with fast weights off, by seed, where they were read so."""
+        return {
+            seed: run.beyond(run.losses_off)
+            for seed, run in self.by_seed.items()
+            if run.losses_off is not None
+        }
+
+    def gains(self, settings: Sequence[Setting]) -> list[float]:
+        """Return loss beyond the window minus the baseline's, for every seed that both have.
+
+        The baseline is the one of ``settings`` that shares everything but ``ttt.*``; a baseline
+        itself has no gains.
+        """
+        if self.is_baseline:
+            return []
         return [
             result.beyond(result.losses) - other.beyond(other.losses)
+            for setting in settings
+            if setting.is_baseline and setting.rest == self.rest
             for seed, result in self.by_seed.items()
-            if (other := baseline.by_seed.get(seed)) is not None
+            if (other := setting.by_seed.get(seed)) is not None
         ]
 
 
@@ -165,13 +182,13 @@ def group(results: Sequence[Result]) -> list[Setting]:
 
 
 def compare(results: Sequence[Result]) -> Report:
-    """The table, values and picture of all settings.
+    """Return the table, values and picture of all settings.
 
     Raises:
         ValueError: see :func:`group`.
     """
     settings = group(results)
-    gains = {setting.label: _gains(setting, settings) for setting in settings}
+    gains = {setting.label: setting.gains(settings) for setting in settings}
     values = [_values(setting, gains[setting.label]) for setting in settings]
     return Report(
         [_table(settings, gains)],
@@ -212,18 +229,6 @@ def _unnamed_texts(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def _gains(setting: Setting, settings: Sequence[Setting]) -> list[float]:
-    """Gains on the baseline that shares everything but ``ttt.*``; none without one."""
-    if setting.is_baseline:
-        return []
-    return [
-        gain
-        for other in settings
-        if other.is_baseline and other.rest == setting.rest
-        for gain in setting.gains(other)
-    ]
-
-
 def _labels(result: Result, usual: Mapping[str, Any]) -> tuple[str, str]:
     changed = {key: value for key, value in result.settings.items() if value != usual.get(key)}
     changed.pop("ttt.mode", None)
@@ -243,37 +248,26 @@ def _most_frequent(values: Sequence[Any]) -> Any:
     return json.loads(counts.most_common(1)[0][0])
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    return mean(values) if values else None
+
+
 def _spread(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
 def _table(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) -> Table:
-    columns = [
-        ("setting", ""),
-        ("seeds", "d"),
-        ("loss", ".4f"),
-        ("loss beyond the window", ".4f"),
-        ("± s.d.", ".4f"),
-        ("the same, fast weights off", ".4f"),
-        ("gain on the baseline", "+.4f"),
-        ("± s.d.", ".4f"),
-    ]
+    columns = [("setting", ""), ("seeds", "d"), ("loss", ".4f")]
+    columns += [("loss beyond the window", ".4f"), ("± s.d.", ".4f")]
+    columns += [("the same, fast weights off", ".4f")]
+    columns += [("gain on the baseline", "+.4f"), ("± s.d.", ".4f")]
     rows = []
     for setting in settings:
-        runs, far, gained = setting.by_seed.values(), setting.beyond(), gains[setting.label]
-        off = [run.beyond(run.losses_off) for run in runs if run.losses_off is not None]
-        rows.append(
-            [
-                setting.label,
-                len(runs),
-                mean(mean(run.losses) for run in runs),
-                mean(far),
-                _spread(far),
-                mean(off) if off and not setting.is_baseline else None,
-                mean(gained) if gained else None,
-                _spread(gained),
-            ]
-        )
+        far, gained = setting.beyond(), gains[setting.label]
+        off = [] if setting.is_baseline else list(setting.beyond_off().values())
+        loss = mean(mean(run.losses) for run in setting.by_seed.values())
+        row = [setting.label, len(far), loss, mean(far), _spread(far), _mean(off)]
+        rows.append([*row, _mean(gained), _spread(gained)])
     length, count, _ = next(iter(settings[0].by_seed.values())).shape
     title = f"Loss, nats a token, {count} rows of {length} tokens; gain: paired by seed"
     return Table(title, columns, rows)
@@ -287,44 +281,34 @@ def _values(setting: Setting, gains: Sequence[float]) -> dict[str, Any]:
         "files": [str(run.path) for run in runs.values()],
         "loss_by_position": {seed: run.losses for seed, run in runs.items()},
         "loss_beyond_window": dict(zip(runs, setting.beyond(), strict=True)),
-        "fast_weights_off": {
-            seed: run.beyond(run.losses_off)
-            for seed, run in runs.items()
-            if run.losses_off is not None
-        },
+        "fast_weights_off": setting.beyond_off(),
         "gains": list(gains),
     }
 
 
 def _draw(settings: Sequence[Setting], gains: Mapping[str, Sequence[float]]) -> Figure:
-    """Loss by position of the settings with most seeds, gains of all."""
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
+    """Draw loss by position of the settings with most seeds, and the gains of all."""
+    figure, ((left, right),) = panels(2, size=(12, 4.6), width_ratios=[1.2, 1])
     most = max(len(setting.by_seed) for setting in settings)
     chosen = [setting for setting in settings if len(setting.by_seed) == most]
     for setting, colour in zip(chosen, _COLOURS, strict=False):
         _draw_losses(left, setting, colour)
-    window = next(iter(settings[0].by_seed.values())).window
-    if window:
-        left.axvline(window, color="0.6", linestyle=":", label=f"attention window, {window}")
+    mark_window(left, next(iter(settings[0].by_seed.values())).window)
     left.set(xlabel="position, tokens", ylabel="loss, nats a token", title="Loss by position")
-    left.legend(frameon=False, fontsize=8)
-    left.grid(alpha=0.3)
-    gained = {label: found for label, found in list(gains.items())[::-1] if found}
+    gained = {label: found for label, found in gains.items() if found}
     means = [mean(found) for found in gained.values()]
     right.barh(
-        range(len(gained)),
+        range(len(means)),
         means,
         xerr=[_spread(found) or 0.0 for found in gained.values()],
-        color=["#15803d" if gain < 0 else "#b91c1c" for gain in means],
+        color=[BETTER if gain < 0 else WORSE for gain in means],
         ecolor="0.3",
         alpha=0.8,
     )
-    right.set_yticks(range(len(gained)), list(gained), fontsize=8)
+    name_groups(right, list(gained))
     right.axvline(0, color="0.3", linewidth=0.8)
     right.set(xlabel="nats a token, less is better", title="Gain on ttt=off, beyond the window")
-    right.grid(alpha=0.3, axis="x")
-    return figure
+    return finish(figure)
 
 
 def _draw_losses(axes: Axes, setting: Setting, colour: str) -> None:

@@ -1,20 +1,29 @@
-"""What a health report shows, which figures are out of their range, and what helps.
+"""What a health report holds, which figures are out of their range, and what helps.
 
-:data:`CONCERNS` is the one table of ranges, reasons and advice. Some bounds hold only for weights
-that never learnt to expect a memory (continued pretraining, its first steps): a model trained from
-scratch can live with updates larger than W0. So they are asked about only where the same rows are
-*not* predicted better with fast weights on than off.
+:data:`CONCERNS` is the one table of ranges, reasons and advice; the advice depends on the update
+rule in use. Some bounds hold only for weights that were not trained with fast weights (continued
+pretraining, its first steps): a model trained from scratch tolerates updates larger than W0. So
+they are checked only where fast weights do *not* lower the loss of the same rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
+from megatron_ttt.rule import ClipMode, Normalize, UpdateRule
+
 NOISE = 0.002  # nats a token: differences of two losses over few rows that mean nothing
+# A fast layer's parameters, as tables and files call them and as the model does.
+PARTS = {
+    "conv": "mlp.ttt_conv.weight",
+    "proj": "mlp.ttt_proj.weight",
+    "W0": "mlp.linear_fc2.weight",
+}
+BEARABLE = (0.05, 0.3)  # update ratios that a pretrained backbone tolerates
 _GROWTH_PLACES = 4  # places along the row from which growth can be told
 
 
@@ -59,14 +68,14 @@ class Health:
 
 
 class Side(Enum):
-    """On which side of its limit a figure is ill."""
+    """Whether values above or below the limit trigger a warning."""
 
     ABOVE = "above"
     BELOW = "below"
 
 
 class Evidence(Enum):
-    """When a range is asked about."""
+    """When a range is checked."""
 
     ALWAYS = "always"
     WITHOUT_GAIN = "without gain"
@@ -74,15 +83,15 @@ class Evidence(Enum):
 
 @dataclass(frozen=True)
 class Concern:
-    """One way of being ill.
+    """One range of a figure.
 
     Attributes:
-        figure: what is looked at, as the warning calls it.
+        figure: its name in the warning.
         of: the figure by place; ``""`` for the whole model. Places without one are missing.
-        side, limit: where illness begins.
+        side, limit: what is out of range.
         reason: why there.
-        advice: what to try, in the order of trying.
-        evidence: whether the losses can acquit.
+        advice: what to try under an update rule, in the order of trying.
+        evidence: ``WITHOUT_GAIN``: skip it when fast weights lower the loss.
     """
 
     figure: str
@@ -90,63 +99,54 @@ class Concern:
     side: Side
     limit: float
     reason: str
-    advice: str
+    advice: Callable[[UpdateRule], str]
     evidence: Evidence = Evidence.ALWAYS
 
-    def warning(self, health: Health) -> str | None:
-        """One line that names figure, places and advice; ``None`` if all is well."""
+    def warning(self, health: Health, rule: UpdateRule) -> str | None:
+        """Return one line that names figure, places and advice; ``None`` if all are in range."""
         if self.evidence is Evidence.WITHOUT_GAIN and health.gains:
             return None
-        ill = {place: value for place, value in self.of(health).items() if self._is_ill(value)}
-        if not ill:
+        # a figure that is not a number is out of every range
+        low, high = (-math.inf, self.limit) if self.side is Side.ABOVE else (self.limit, math.inf)
+        outside = {p: value for p, value in self.of(health).items() if not low <= value <= high}
+        if not outside:
             return None
-        found = ", ".join(f"{place} {value:.3g}".strip() for place, value in ill.items())
-        return (
-            f"{self.figure} {self.side.value} {self.limit:g}: {found}"
-            f" ({self.reason}). {self.advice}"
-        )
-
-    def _is_ill(self, value: float) -> bool:
-        # What is no number is ill on either side.
-        within = value <= self.limit if self.side is Side.ABOVE else value >= self.limit
-        return not within
+        found = ", ".join(f"{place} {value:.3g}".strip() for place, value in outside.items())
+        said = f"{self.figure} {self.side.value} {self.limit:g}: {found} ({self.reason})"
+        advice = self.advice(rule)
+        return f"{said}. {advice[0].upper()}{advice[1:]}"
 
 
-def warnings_of(health: Health) -> list[str]:
-    """Every concern that is raised, in the table's order."""
-    lines = (concern.warning(health) for concern in CONCERNS)
+def warnings_of(health: Health, rule: UpdateRule) -> list[str]:
+    """Return the warnings of all concerns in the table's order; ``rule`` is the one in use."""
+    lines = (concern.warning(health, rule) for concern in CONCERNS)
     return [line for line in lines if line is not None]
 
 
-def _layers(
-    health: Health, figure: Callable[[LayerHealth], float | None]
-) -> Iterator[tuple[str, float]]:
-    for layer in health.layers:
-        value = figure(layer)
-        if value is not None:
-            yield f"layer {layer.layer}", value
+def _by_layer(
+    figure: Callable[[LayerHealth], float | None],
+) -> Callable[[Health], dict[str, float]]:
+    """Return the figure of every layer that has it."""
+
+    def by_layer(health: Health) -> dict[str, float]:
+        found = ((layer.layer, figure(layer)) for layer in health.layers)
+        return {f"layer {layer}": value for layer, value in found if value is not None}
+
+    return by_layer
 
 
-def _loss_difference(health: Health) -> dict[str, float]:
-    return {"": health.loss_on - health.loss_off}
+def _known(values: Sequence[float]) -> list[float]:
+    return [value for value in values if not math.isnan(value)]
 
 
-def _largest_update(health: Health) -> dict[str, float]:
-    return dict(_layers(health, lambda layer: max(layer.update_ratio)))
-
-
-def _largest_output(health: Health) -> dict[str, float]:
-    """Of layers that write at all; what they write nothing about is another concern."""
-
-    def largest(layer: LayerHealth) -> float | None:
-        outputs = _known(layer.output_ratio)
-        return max(outputs) if outputs and max(layer.update_ratio) > 0 else None
-
-    return dict(_layers(health, largest))
+def _largest_output(layer: LayerHealth) -> float | None:
+    """Return that of a layer that writes; what writes nothing is another concern."""
+    outputs = _known(layer.output_ratio)
+    return max(outputs) if outputs and max(layer.update_ratio) > 0 else None
 
 
 def _growth(health: Health) -> dict[str, float]:
-    """Update ratio at the last place over that at half its tokens, where it is large at last."""
+    """Return update ratio at the last place over that at half its tokens, where it is large."""
     if len(health.positions) < _GROWTH_PLACES:
         return {}
     half = health.positions[-1] / 2
@@ -156,156 +156,182 @@ def _growth(health: Health) -> dict[str, float]:
 
     def growth(layer: LayerHealth) -> float | None:
         last, before = layer.update_ratio[-1], layer.update_ratio[middle]
-        if not last > _UPDATE_LIMIT or not 0 < before < math.inf:
+        if not last > BEARABLE[1] or not 0 < before < math.inf:
             return None
         return float((last / before) ** (1 / doublings))
 
-    return dict(_layers(health, growth))
+    return _by_layer(growth)(health)
 
 
-def _mean_key_share(health: Health) -> dict[str, float]:
-    def mean(layer: LayerHealth) -> float | None:
-        shares = _known(layer.mean_key_share)
-        return sum(shares) / len(shares) if shares else None
-
-    return dict(_layers(health, mean))
+def _mean_key_share(layer: LayerHealth) -> float | None:
+    shares = _known(layer.mean_key_share)
+    return sum(shares) / len(shares) if shares else None
 
 
-def _last_rank(health: Health) -> dict[str, float]:
-    def last(layer: LayerHealth) -> float | None:
-        ranks = _known(layer.effective_rank)
-        return ranks[-1] if ranks else None
-
-    return dict(_layers(health, last))
+def _last_rank(layer: LayerHealth) -> float | None:
+    return next(reversed(_known(layer.effective_rank)), None)
 
 
-def _conv_share(health: Health) -> dict[str, float]:
-    return dict(_layers(health, lambda layer: layer.gradient_shares.get("conv")))
+def _target_share(layer: LayerHealth) -> float | None:
+    """Return that of conv and projection together, where the layer has one."""
+    parts = [layer.gradient_shares[p] for p in ("conv", "proj") if p in layer.gradient_shares]
+    return sum(parts) if parts else None
 
 
-def _target_share(health: Health) -> dict[str, float]:
-    """Conv and projection together, of layers that have one."""
-
-    def share(layer: LayerHealth) -> float | None:
-        parts = [layer.gradient_shares[p] for p in ("conv", "proj") if p in layer.gradient_shares]
-        return sum(parts) if parts else None
-
-    return dict(_layers(health, share))
+# Advice is given in values that differ from those in use, and names the latter.
+_DECAY, _BOUND = 0.9, 0.1  # tried first
 
 
-def _known(values: Sequence[float]) -> list[float]:
-    return [value for value in values if not math.isnan(value)]
+def _lower_eta(rule: UpdateRule) -> str:
+    return f"lower ttt.eta (it is {rule.eta:g})"
 
 
-_UPDATE_LIMIT = 0.3
-_TAME = "Lower ttt.eta; bound a chunk with ttt.clip.mode=relative ttt.clip.bound=0.1"
+def _bound_chunk(rule: UpdateRule) -> str:
+    clip = rule.clip
+    if clip.mode is ClipMode.off:
+        return f"bound a chunk with ttt.clip.mode=relative ttt.clip.bound={_BOUND:g}"
+    wide = clip.mode is ClipMode.relative and clip.bound > _BOUND
+    tighter = _BOUND if wide else clip.bound / 2
+    return f"bound a chunk tighter with ttt.clip.bound={tighter:.2g} (it is {clip.bound:g})"
+
+
+def _forget(rule: UpdateRule) -> str:
+    if rule.decay == 1:
+        return f"forget with ttt.decay={_DECAY:g}"
+    faster = min(_DECAY, rule.decay**2)  # the square forgets in one chunk what took two
+    return f"forget faster with ttt.decay={faster:.2g} (it is {rule.decay:g})"
+
+
+def _write_more(rule: UpdateRule) -> str:
+    keys = [f"ttt.eta (it is {rule.eta:g})"]
+    if rule.clip.mode is not ClipMode.off:
+        keys.append(f"ttt.clip.bound (it is {rule.clip.bound:g})")
+    if rule.decay < 1:
+        keys.append(f"ttt.decay (it is {rule.decay:g})")
+    return f"raise {' or '.join(keys)}"
+
+
+def _normalize(rule: UpdateRule) -> str:
+    if rule.normalize is Normalize.key_energy:
+        return ""
+    return ". For the next training ttt.normalize=key_energy, which makes eta dimensionless"
+
+
+def _switch_on(rule: UpdateRule) -> str:
+    off = [f"ttt.{part}=true" for part in ("conv", "proj") if not getattr(rule, part)]
+    return f"; and train with {' '.join(off)}, so that targets differ" if off else ""
+
+
+def _tame(rule: UpdateRule) -> str:
+    return f"{_lower_eta(rule)}; {_bound_chunk(rule)}; {_forget(rule)}"
+
+
+def _spread_keys(rule: UpdateRule) -> str:
+    return (
+        f"train longer; choose other ttt.layers, whose keys differ more; {_forget(rule)}, which"
+        " keeps the common part from adding up over chunks"
+    )
+
+
 CONCERNS = (
     Concern(
         figure="loss with fast weights on minus off",
-        of=_loss_difference,
+        of=lambda health: {"": health.loss_on - health.loss_off},
         side=Side.ABOVE,
         limit=NOISE,
         reason="the same weights predict these rows better without their memory",
-        advice=f"{_TAME}; forget with ttt.decay=0.9. All three can be tried on this checkpoint as"
-        " it is. For the next training ttt.normalize=key_energy, which makes eta dimensionless",
+        advice=lambda rule: (
+            f"{_tame(rule)}. All three can be tried on this checkpoint as it is{_normalize(rule)}"
+        ),
     ),
     Concern(
         figure="update ratio",
-        of=_largest_update,
+        of=_by_layer(lambda layer: max(layer.update_ratio)),
         side=Side.ABOVE,
-        limit=_UPDATE_LIMIT,
+        limit=BEARABLE[1],
         reason="a pretrained W0 bears about 5 % of noise and breaks at 10 to 20 %, and fast"
         " weights gain nothing here",
-        advice=f"{_TAME}; or ttt.decay=0.9",
+        advice=_tame,
         evidence=Evidence.WITHOUT_GAIN,
     ),
     Concern(
         figure="update ratio",
-        of=_largest_update,
+        of=_by_layer(lambda layer: max(layer.update_ratio)),
         side=Side.BELOW,
         limit=1e-6,
         reason="nothing is written; the convolution is zero before the first step of training",
-        advice="Train; or raise ttt.eta or ttt.clip.bound if it has been trained",
+        advice=lambda rule: f"train; or, if it has been trained, {_write_more(rule)}",
     ),
     Concern(
         figure="output ratio",
-        of=_largest_output,
+        of=_by_layer(_largest_output),
         side=Side.BELOW,
         limit=0.01,
-        reason="what is remembered is hardly heard; under 0.004 bf16 rounds it away",
-        advice="Raise ttt.eta, ttt.clip.bound or ttt.decay, or train longer",
+        reason="the state hardly changes the output; under 0.004 bf16 rounds it away",
+        advice=lambda rule: f"{_write_more(rule)}, or train longer",
     ),
     Concern(
         figure="growth of the update ratio per doubling of the tokens read",
         of=_growth,
         side=Side.ABOVE,
         limit=1.6,
-        reason="2 is a sum of equal writes, 1.4 one of unrelated ones; longer rows drown W0",
-        advice="Bound the sum with ttt.decay=0.9, or a lower ttt.eta for longer rows",
+        reason="2 is a sum of equal writes, 1.4 one of unrelated ones; on longer rows the state"
+        " dominates W0",
+        advice=lambda rule: (
+            f"to bound the sum {_forget(rule)}; or for longer rows {_lower_eta(rule)}"
+        ),
     ),
     Concern(
         figure="mean-key share",
-        of=_mean_key_share,
+        of=_by_layer(_mean_key_share),
         side=Side.ABOVE,
         limit=0.5,
         reason="most of a write lies along the mean key, which all queries read alike: a bias, not"
         " a memory",
-        advice="Train longer; choose other ttt.layers, whose keys differ more; ttt.decay=0.9"
-        " keeps the common part, which adds up over chunks, from covering the rest",
+        advice=_spread_keys,
     ),
     Concern(
         figure="effective rank at the last place",
-        of=_last_rank,
+        of=_by_layer(_last_rank),
         side=Side.BELOW,
         limit=2.0,
         reason="the state is one direction, however much was read",
-        advice="As for the mean-key share; and see that targets differ: ttt.conv and ttt.proj on",
+        advice=lambda rule: f"{_spread_keys(rule)}{_switch_on(rule)}",
     ),
     Concern(
         figure="share of conv in the squared gradient norm",
-        of=_conv_share,
+        of=_by_layer(lambda layer: layer.gradient_shares.get("conv")),
         side=Side.ABOVE,
         limit=0.5,
         reason="one small convolution leads the step; reported before losses that explode",
-        advice="Lower ttt.eta, keep optimizer.clip_grad=1, lengthen optimizer.warmup_steps",
+        advice=lambda rule: (
+            f"{_lower_eta(rule)}, keep optimizer.clip_grad=1, lengthen optimizer.warmup_steps"
+        ),
     ),
     Concern(
         figure="share of conv and proj in the squared gradient norm",
-        of=_target_share,
+        of=_by_layer(_target_share),
         side=Side.BELOW,
         limit=1e-12,
         reason="the target generator does not learn; conv and projection both zero never do",
-        advice="Start the projection from a diagonal of initializer_range (a fresh one does),"
-        " or raise ttt.eta",
+        advice=lambda rule: (
+            "start the projection from a diagonal of initializer_range (a fresh one does), or"
+            f" {_write_more(rule)}"
+        ),
     ),
 )
 
 
 def plain_values(health: Health) -> dict[str, Any]:
-    """For the JSON file; ``None`` where there is no number."""
+    """Return the report for the JSON file; ``None`` where there is no number."""
+    values = asdict(health)
+    values["loss"] = {"in_place": values.pop("loss_on"), "off": values.pop("loss_off")}
+    return {"mean": "arithmetic, over rows", **_plain(values)}
 
-    def plain(value: float) -> float | None:
-        return value if math.isfinite(value) else None
 
-    return {
-        "length": health.length,
-        "rows": health.rows,
-        "mean": "arithmetic, over rows",
-        "positions": list(health.positions),
-        "loss": {"in_place": plain(health.loss_on), "off": plain(health.loss_off)},
-        "gradient_norm": plain(health.gradient_norm),
-        "layers": [
-            {
-                "layer": layer.layer,
-                "update_ratio": [plain(value) for value in layer.update_ratio],
-                "output_ratio": [plain(value) for value in layer.output_ratio],
-                "effective_rank": [plain(value) for value in layer.effective_rank],
-                "largest_rank": layer.largest_rank,
-                "mean_key_share": [plain(value) for value in layer.mean_key_share],
-                "gradient_shares": {
-                    part: plain(share) for part, share in layer.gradient_shares.items()
-                },
-            }
-            for layer in health.layers
-        ],
-    }
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(member) for key, member in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -17,18 +17,12 @@ from torch import Tensor
 from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.config.to_megatron import ddp_config
 from megatron_ttt.data.rows import Batch
+from megatron_ttt.evaluation.health_advice import PARTS
 from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.initialize import global_parameters, sharded_dim
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.training.step import ForwardStep, LossSum, run_micro_batches
-
-# A fast layer's parameters, as tables and files call them and as the model does.
-PARTS = {
-    "conv": "mlp.ttt_conv.weight",
-    "proj": "mlp.ttt_proj.weight",
-    "W0": "mlp.linear_fc2.weight",
-}
 
 
 @dataclass(frozen=True)

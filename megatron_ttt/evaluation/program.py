@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,85 +15,19 @@ from rich.console import Console
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.launcher import launched
 from megatron_ttt.conversion.manifest import HF_SCHEME
-from megatron_ttt.evaluation.documents import batches, held_out_rows
-from megatron_ttt.evaluation.health import run_health
-from megatron_ttt.evaluation.needles import run_needles
-from megatron_ttt.evaluation.perplexity import resolve_lengths, run_perplexity
 from megatron_ttt.evaluation.report import Report, print_report, write_report
-from megatron_ttt.evaluation.ruler_task import run_ruler
-from megatron_ttt.evaluation.schema import EvaluationConfig, EvaluationTask, evaluation_faults
-from megatron_ttt.evaluation.speed import run_speed
+from megatron_ttt.evaluation.schema import EvaluationConfig, evaluation_faults
 from megatron_ttt.evaluation.subject import (
-    Reading,
     Source,
     Subject,
     check_reading,
     find_source,
     open_subject,
-    row_length,
 )
+from megatron_ttt.evaluation.tasks import TASKS
 from megatron_ttt.training.run_folder import first_rank_holds
 
 _OUTPUTS = Path("outputs/evaluation")  # of checkpoints that no run wrote
-
-
-@dataclass(frozen=True)
-class Task:
-    """One kind of evaluation.
-
-    Attributes:
-        reading: how it reads.
-        lengths: the rows it reads, in tokens, by the key they come from.
-        run: evaluates; called on every rank.
-    """
-
-    reading: Reading
-    lengths: Callable[[Source, EvaluationConfig], Mapping[str, list[int]]]
-    run: Callable[[Subject, EvaluationConfig], Report]
-
-
-def _perplexity_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
-    lengths = resolve_lengths(source, config.perplexity)
-    return {
-        "perplexity.length": [lengths.row],
-        "perplexity.contexts": list(lengths.contexts),
-    }
-
-
-def _speed_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
-    speed = config.speed
-    return {"speed.lengths": [length + speed.new_tokens for length in speed.lengths]}
-
-
-def _health_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
-    return {"health.length": [row_length(source, config.health.length, key="health.length")]}
-
-
-def _run_health(subject: Subject, config: EvaluationConfig) -> Report:
-    """One row a micro-batch: the gradient holds every activation of what is read at once."""
-    (length,) = _health_lengths(subject.source, config)["health.length"]
-    text = held_out_rows(subject, config.data, length=length, rows=config.health.rows)
-    rows = list(batches(text, subject=subject, batch_size=1))
-    report = run_health(subject, rows, config.health)
-    report.values["text_sha256"] = text.digest()
-    return report
-
-
-def _ruler_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
-    return {"ruler.lengths": config.ruler.lengths}
-
-
-def _needles_lengths(source: Source, config: EvaluationConfig) -> dict[str, list[int]]:
-    return {"needles.lengths": config.needles.lengths}
-
-
-TASKS = {
-    EvaluationTask.perplexity: Task(Reading.ROWS, _perplexity_lengths, run_perplexity),
-    EvaluationTask.ruler: Task(Reading.SESSION, _ruler_lengths, run_ruler),
-    EvaluationTask.needles: Task(Reading.SESSION, _needles_lengths, run_needles),
-    EvaluationTask.speed: Task(Reading.SESSION, _speed_lengths, run_speed),
-    EvaluationTask.health: Task(Reading.ROWS, _health_lengths, _run_health),
-}
 
 
 def evaluate(config: EvaluationConfig) -> int:
@@ -121,8 +54,9 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
         ConfigError: see :func:`evaluate`.
     """
     source = find_source(checkpoint)
-    task = TASKS[config.task]
-    lengths = task.lengths(source, config)
+    task = TASKS[config.task.name]
+    settings = task.settings_of(config, config.task.name)
+    lengths = task.lengths(source, settings)
     for key, values in lengths.items():
         for length in values:
             check_reading(
@@ -140,7 +74,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
         folder, name = output_folder(source, config), file_name(config)
         lock, say = folder / f"{name}.lock", partial(console.print, highlight=False, soft_wrap=True)
         with first_rank_holds(lock, subject.ranks, say, key=("output", str(folder))):
-            report = task.run(subject, config)
+            report = task.run(subject, settings, config)
             print_report(report, console)
             if subject.ranks.is_first:
                 about = _about(source, subject, config)

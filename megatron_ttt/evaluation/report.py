@@ -7,9 +7,8 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
@@ -17,9 +16,10 @@ from rich.text import Text
 
 from megatron_ttt.config.schema import TTTMode
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 MODE_NAMES = {TTTMode.in_place: "ttt on", TTTMode.off: "ttt off"}
-# Of every picture: the two readings have one colour each.
-MODE_COLOURS = {TTTMode.in_place: "#c2410c", TTTMode.off: "#475569"}
 
 
 @dataclass(frozen=True)

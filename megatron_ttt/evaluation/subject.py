@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 
 import torch
@@ -38,6 +37,7 @@ from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.ttt_config import ttt_from_hf
 from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
+from megatron_ttt.evaluation.task import Reading
 from megatron_ttt.inference.megatron_backend import model_tokenizer
 from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.model.build import build_model
@@ -71,17 +71,6 @@ class Source:
     trained: dict[str, dict]
 
 
-class Reading(Enum):
-    """How a task reads, which decides how long its rows may be across context-parallel ranks.
-
-    ``ROWS``: whole rows as in training; spans have to hold whole chunks. ``SESSION``: prompts,
-    of any length.
-    """
-
-    ROWS = "rows"
-    SESSION = "session"
-
-
 def find_source(checkpoint: str) -> Source:
     """What ``checkpoint=`` names: a run, a checkpoint folder, or ``hf:`` and a folder.
 
@@ -112,21 +101,6 @@ def find_source(checkpoint: str) -> Source:
     run = parent.parent if parent.name == CHECKPOINTS else None
     name = path.name if run is None else run.name
     return Source(path, name, run, folder, model, ttt, trained)
-
-
-def row_length(source: Source, length: int | None, *, key: str) -> int:
-    """``length``, or the row length of the run that wrote the checkpoint.
-
-    Raises:
-        ConfigError: neither is known; ``key`` is the one to set.
-    """
-    if length is not None:
-        return length
-    trained: int | None = source.trained.get("train", {}).get("seq_length")
-    if trained is None:
-        message = f"{source.path} was trained at no known length: give one"
-        raise ConfigError([Fault(key, None, message)])
-    return trained
 
 
 def reading_config(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
-from megatron_ttt.evaluation import perplexity
+from megatron_ttt.evaluation import losses as measured
 from megatron_ttt.evaluation.documents import TextRows
-from megatron_ttt.evaluation.perplexity import measure_losses
+from megatron_ttt.evaluation.losses import measure_losses
 from megatron_ttt.evaluation.subject import Source, Subject
 from megatron_ttt.inference.model_session import LogitsOf
 from megatron_ttt.parallel.cpu import megatron_on_cpu
@@ -54,7 +54,7 @@ def losses_of(rank: int, ranks: int, config: Config) -> dict[str, Tensor]:
         assert subject.new_session(TTTMode.in_place, batch=1)._scan.group.group is here.scan_group
         for mode in modes:
             with mock.patch.object(
-                perplexity, "scan_settings", wraps=perplexity.scan_settings
+                measured, "scan_settings", wraps=measured.scan_settings
             ) as settings:
                 losses = measure_losses(subject, text(), mode=mode, batch_size=2)
             assert settings.call_args.args[1] is here.scan_group  # states have their own

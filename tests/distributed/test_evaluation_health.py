@@ -20,13 +20,12 @@ from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.data.rows import Batch
-from megatron_ttt.evaluation.health import measure_health, run_health
-from megatron_ttt.evaluation.health_advice import Health
-from megatron_ttt.evaluation.health_gradient import PARTS
+from megatron_ttt.evaluation.health_advice import PARTS, Health
+from megatron_ttt.evaluation.health_figures import measure_health
 from megatron_ttt.evaluation.health_probe import entering_states
 from megatron_ttt.evaluation.report import print_report, write_report
-from megatron_ttt.evaluation.schema import HealthConfig
 from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.tasks import health
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
@@ -91,7 +90,7 @@ def rows_of(config: Config, ranks: Ranks) -> list[Batch]:
 def health_of(rank: int, ranks: int, config: Config) -> Health:
     with subject_of(config) as subject:
         rows = rows_of(config, subject.ranks)
-        return measure_health(subject, rows, length=128, positions=PLACES)
+        return measure_health(subject, rows, positions=PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +123,7 @@ def report_of(rank: int, ranks: int, config: Config, folder: Path) -> str:
     """The report as printed; its files in ``folder``."""
     with subject_of(config) as subject:
         rows = rows_of(config, subject.ranks)
-        report = run_health(subject, rows, HealthConfig(positions=PLACES))
+        report = health.report_of(measure_health(subject, rows, positions=PLACES), config.ttt)
     console = Console(file=StringIO(), width=100)
     print_report(report, console)
     write_report(report, folder, name="health", about={})
@@ -272,7 +271,7 @@ def test_gradient_shares_are_autograds(pool: RankPool, one_rank: Health) -> None
 
 
 def refusal(rank: int, ranks: int, config: Config, rows: int, length: int) -> str:
-    """What ``run_health`` says of so many rows, dealt to data-parallel ranks."""
+    """What ``measure_health`` says of so many rows, dealt to data-parallel ranks."""
     with subject_of(config) as subject:
         batch = global_batch(config, 0, packed=True)
         cut = Batch(
@@ -283,7 +282,7 @@ def refusal(rank: int, ranks: int, config: Config, rows: int, length: int) -> st
         )
         mine = [cut] if subject.ranks.data_rank == 0 else []
         with pytest.raises(ConfigError) as caught:
-            run_health(subject, mine, HealthConfig())
+            measure_health(subject, mine, positions=8)
         return str(caught.value)
 
 

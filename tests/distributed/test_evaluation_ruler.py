@@ -15,13 +15,12 @@ from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.data.tokenizers import load_tokenizer
 from megatron_ttt.evaluation.asking import Answered, Item, ask
 from megatron_ttt.evaluation.documents import TextRows
-from megatron_ttt.evaluation.needles import run_needles
-from megatron_ttt.evaluation.perplexity import measure_losses
+from megatron_ttt.evaluation.losses import measure_losses
 from megatron_ttt.evaluation.ruler.haystack import Haystack
-from megatron_ttt.evaluation.ruler.sample import make_sample, sample_rng
-from megatron_ttt.evaluation.ruler_task import run_ruler
-from megatron_ttt.evaluation.schema import EvaluationConfig, NeedlesConfig, RulerConfig, RulerTask
+from megatron_ttt.evaluation.ruler.sample import RulerTask, make_sample, sample_rng
+from megatron_ttt.evaluation.schema import EvaluationConfig
 from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.tasks import needles, ruler
 from megatron_ttt.inference.generation import generate
 from megatron_ttt.inference.sampling import Sampler, Sampling
 from megatron_ttt.parallel.cpu import megatron_on_cpu
@@ -143,17 +142,16 @@ def test_every_layout_gives_the_same(
 
 def reports(rank: int, ranks: int, config: Config) -> list[dict[str, Any]]:
     """What both tasks write; their pictures are drawn."""
-    evaluation = EvaluationConfig(
-        ruler=RulerConfig(
-            tasks=[RulerTask.niah_single, RulerTask.niah_multivalue], lengths=[500, 480], samples=1
-        ),
-        needles=NeedlesConfig(lengths=[400], depths=3, samples=1, batch_size=3),
-    )
+    kinds = [RulerTask.niah_single, RulerTask.niah_multivalue]
+    asked = ruler.RulerConfig(tasks=kinds, lengths=[500, 480], samples=1)
+    hidden = needles.NeedlesConfig(lengths=[400], depths=3, samples=1, batch_size=3)
     with megatron_on_cpu(), model_parallel(config) as here:
         subject = live_subject(config, here)
         found = []
-        for run in (run_ruler, run_needles):
-            report = run(subject, evaluation)
+        for report in (
+            ruler.run(subject, asked, EvaluationConfig()),
+            needles.run(subject, hidden, EvaluationConfig()),
+        ):
             assert report.draw is not None and report.draw().axes
             assert all(len(row) == len(t.columns) for t in report.tables for row in t.rows)
             found.append(report.values)

@@ -157,7 +157,7 @@ def test_other_tasks_print_both_readings_and_draw(
 
 
 MISTAKES = {
-    "no task": ((), "task=???: must be given: one of perplexity, ruler, needles, speed, health"),
+    "no task": ((), "task=???: must be given: one of health, needles, perplexity, ruler, speed"),
     "unknown task": (("task=perplexty",), "task=perplexty: did you mean perplexity? must be one"),
     "unknown kind": (
         ("task=ruler", "ruler.tasks=[niah]"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from megatron_ttt.data.tokenizers import Tokenizer
 from megatron_ttt.evaluation.ruler.answering import question_answering
@@ -17,7 +18,20 @@ from megatron_ttt.evaluation.ruler.niah import niah
 from megatron_ttt.evaluation.ruler.puzzle import Build, Match, Puzzle, Setting
 from megatron_ttt.evaluation.ruler.tracing import variable_tracking
 from megatron_ttt.evaluation.ruler.words import common_words, frequent_words
-from megatron_ttt.evaluation.schema import RulerTask
+
+
+class RulerTask(Enum):
+    """The kinds of RULER (arXiv 2404.06654), generated offline."""
+
+    niah_single = "niah_single"
+    niah_multikey = "niah_multikey"
+    niah_multivalue = "niah_multivalue"
+    niah_multiquery = "niah_multiquery"
+    variable_tracking = "variable_tracking"
+    common_words = "common_words"
+    frequent_words = "frequent_words"
+    question_answering = "question_answering"
+
 
 BUILDERS: dict[RulerTask, Build] = {
     RulerTask.niah_single: niah(keys=1, values=1, queries=1),

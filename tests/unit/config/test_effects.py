@@ -17,12 +17,8 @@ from megatron_ttt.config.effects import (
 from megatron_ttt.config.load import CONFIG_DIR, compose_root, run_with_config
 from megatron_ttt.config.overrides import group_options
 from megatron_ttt.config.schema import Config
-from megatron_ttt.evaluation.schema import (
-    EVALUATION,
-    EVALUATION_EFFECTS,
-    EvaluationConfig,
-    EvaluationTask,
-)
+from megatron_ttt.evaluation.schema import EVALUATION, EVALUATION_EFFECTS
+from megatron_ttt.evaluation.tasks import TASKS
 from tests.unit.config.compose import configured
 
 # Words under which a condition on the key before them does not hold.
@@ -68,7 +64,7 @@ def said(config: Any, effects: Effects, given: set[str]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("schema", "effects"),
-    [(Config, TRAINING_EFFECTS), (EvaluationConfig, EVALUATION_EFFECTS)],
+    [(Config, TRAINING_EFFECTS), (EVALUATION.schema, EVALUATION_EFFECTS)],
 )
 def test_every_key_says_what_it_depends_on(schema: Any, effects: Effects) -> None:
     """A key that is added to a schema without an entry fails here."""
@@ -159,10 +155,10 @@ def test_no_recipe_is_told_anything(name: str, capsys: pytest.CaptureFixture[str
 EVALUATE = ["checkpoint=nowhere"]
 
 
-@pytest.mark.parametrize("task", [task.name for task in EvaluationTask])
+@pytest.mark.parametrize("task", list(TASKS))
 def test_an_evaluation_reads_the_keys_of_its_own_task(task: str) -> None:
     config = compose_root(EVALUATION, [*EVALUATE, f"task={task}"])
-    for section in ("perplexity", "ruler", "needles", "speed", "health"):
+    for section in TASKS:
         found = said(config, EVALUATION_EFFECTS, {section})
         if section == task:
             assert found == []

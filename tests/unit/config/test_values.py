@@ -30,12 +30,7 @@ from megatron_ttt.config.overrides import as_typed, check_overrides
 from megatron_ttt.config.reading import ReadingRule, rule_faults
 from megatron_ttt.config.schema import Config
 from megatron_ttt.config.summary import memory_faults, summarize
-from megatron_ttt.evaluation.schema import (
-    EVALUATION,
-    EVALUATION_BOUNDS,
-    EvaluationConfig,
-    evaluation_faults,
-)
+from megatron_ttt.evaluation.schema import EVALUATION, EVALUATION_BOUNDS, evaluation_faults
 from tests.unit.config.compose import configured
 
 EDGES = [
@@ -57,7 +52,7 @@ def keys(schema: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 TRAINING_KEYS = [key for key, _ in keys(Config)]
-EVALUATION_KEYS = [key for key, _ in keys(EvaluationConfig)]
+EVALUATION_KEYS = [key for key, _ in keys(EVALUATION.schema)]
 PLAIN: list[tuple[Root[Any], list[str]]] = [
     (PRETRAINING, ["+model=tiny"]),
     (EVALUATION, ["task=speed", "checkpoint=nowhere"]),
@@ -224,7 +219,7 @@ def test_flags_that_hydra_does_not_have(
 
 def test_every_number_has_a_bound() -> None:
     """A key that is added without one fails here."""
-    for schema, bounds in ((Config, TRAINING_BOUNDS), (EvaluationConfig, EVALUATION_BOUNDS)):
+    for schema, bounds in ((Config, TRAINING_BOUNDS), (EVALUATION.schema, EVALUATION_BOUNDS)):
         for key, annotation in keys(schema):
             numbers = {int, float} & {annotation, *typing.get_args(annotation)}
             for arm in typing.get_args(annotation):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_ttt.evaluation.health_advice import (
     plain_values,
     warnings_of,
 )
+from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
 
 NAN, INF = float("nan"), float("inf")
 LAYER = LayerHealth(
@@ -42,14 +44,15 @@ def with_layer(health: Health = HEALTHY, **changes: Any) -> Health:
     return replace(health, layers=[health.layers[0], replace(LAYER, **changes)])
 
 
+RULE = UpdateRule()  # no decay, no clip
 NO_GAIN = replace(HEALTHY, loss_off=HEALTHY.loss_on)
 GROWS = {"update_ratio": [0.2, 0.4, 0.6, 0.79]}
 DROWNED = {"update_ratio": [0.5, 0.6, 0.65, 0.7]}
 
 
 def test_the_healthy_are_left_alone() -> None:
-    assert warnings_of(HEALTHY) == []
-    assert warnings_of(NO_GAIN) == []
+    assert warnings_of(HEALTHY, RULE) == []
+    assert warnings_of(NO_GAIN, RULE) == []
 
 
 CASES = [
@@ -60,7 +63,7 @@ CASES = [
     (with_layer(output_ratio=[NAN, 0.001, 0.002, 0.003]), "output ratio", "0.003", "Raise"),
     (with_layer(**GROWS), "growth", "layer 6 2", "ttt.decay=0.9"),
     (with_layer(mean_key_share=[0.9, 0.8, NAN, 0.85]), "mean-key", "layer 6 0.85", "ttt.layers"),
-    (with_layer(effective_rank=[1.1, 1.2, 1.1, 1.3]), "effective rank", "1.3", "ttt.conv"),
+    (with_layer(effective_rank=[1.1, 1.2, 1.1, 1.3]), "effective rank", "1.3", "ttt.layers"),
     (with_layer(gradient_shares={"conv": 0.8}), "share of conv in", "layer 6 0.8", "clip_grad"),
     (
         with_layer(gradient_shares={"conv": 0.0, "proj": 0.0, "W0": 0.1}),
@@ -75,7 +78,7 @@ CASES = [
 def test_each_illness_is_named_with_its_place_and_advice(
     health: Health, names: str, place: str, advice: str
 ) -> None:
-    (warning,) = warnings_of(health)
+    (warning,) = warnings_of(health, RULE)
     assert names in warning and place in warning and advice in warning
     assert "layer 0" not in warning and "\n" not in warning
 
@@ -95,7 +98,58 @@ def test_each_illness_is_named_with_its_place_and_advice(
     ],
 )
 def test_what_looks_like_an_illness_is_none(health: Health) -> None:
-    assert warnings_of(health) == []
+    assert warnings_of(health, RULE) == []
+
+
+TRIED = UpdateRule(
+    eta=0.5, decay=0.9, clip=Clip(ClipMode.relative, 0.1), normalize=Normalize.key_energy
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "not_said"),
+    [
+        (TRIED, ["ttt.eta (it is 0.5)", "ttt.decay=0.81 (it is 0.9)"], ["0.9 ", "normalize"]),
+        (TRIED, ["ttt.clip.bound=0.05 (it is 0.1)"], ["ttt.clip.mode"]),
+        (replace(TRIED, decay=0.99), ["ttt.decay=0.9 (it is 0.99)"], []),
+        (replace(TRIED, decay=0.5), ["ttt.decay=0.25 (it is 0.5)"], ["ttt.decay=0.9"]),
+        (
+            replace(TRIED, clip=Clip(ClipMode.relative, 0.3)),
+            ["ttt.clip.bound=0.1 (it is 0.3)"],
+            ["ttt.clip.mode"],
+        ),
+        (
+            replace(TRIED, clip=Clip(ClipMode.absolute, 0.01)),
+            ["ttt.clip.bound=0.005 (it is 0.01)"],
+            ["ttt.clip.mode"],
+        ),
+        (RULE, ["ttt.decay=0.9", "relative ttt.clip.bound=0.1", "ttt.normalize=key_energy"], []),
+    ],
+)
+def test_advice_is_not_the_value_in_use(
+    rule: UpdateRule, said: list[str], not_said: list[str]
+) -> None:
+    (warning,) = warnings_of(replace(HEALTHY, loss_on=2.2), rule)
+    assert all(text in warning for text in said), warning
+    assert not any(text in warning for text in not_said), warning
+
+
+def test_no_concern_advises_a_value_in_use() -> None:
+    """Every assignment that is advised differs from the rule; what is raised can be raised."""
+    in_use = {"ttt.decay": 0.9, "ttt.clip.bound": 0.1, "ttt.clip.mode": "relative"}
+    for health, *_ in CASES:
+        for warning in warnings_of(health, TRIED):
+            for key, value in re.findall(r"(ttt[.\w]*)=([\w.]*\w)", warning):
+                assert str(in_use[key]) != value, warning
+        (warning,) = warnings_of(health, RULE)
+        raised = re.findall(r"[Rr]aise ([^,.]*(?:\.[a-z][^,.]*)*)", warning)
+        assert not any("decay" in text or "clip" in text for text in raised), warning
+
+
+def test_parts_that_are_off_are_to_be_switched_on() -> None:
+    health = with_layer(effective_rank=[1.1, 1.2, 1.1, 1.3])
+    assert "ttt.conv" not in warnings_of(health, RULE)[0]
+    assert "train with ttt.conv=true, so" in warnings_of(health, replace(RULE, conv=False))[0]
 
 
 def test_states_that_exploded_are_ill_whatever_the_loss_says() -> None:
@@ -104,13 +158,13 @@ def test_states_that_exploded_are_ill_whatever_the_loss_says() -> None:
         update_ratio=[0.2, INF, INF, INF],
         output_ratio=[0.2, NAN, NAN, NAN],
     )
-    names = [warning.split(":")[0] for warning in warnings_of(broken)]
+    names = [warning.split(":")[0] for warning in warnings_of(broken, RULE)]
     assert names == ["loss with fast weights on minus off above 0.002", "update ratio above 0.3"]
 
 
 def test_every_concern_has_a_case() -> None:
     for concern in CONCERNS:
-        raised = [concern.warning(health) for health, *_ in CASES]
+        raised = [concern.warning(health, RULE) for health, *_ in CASES]
         assert any(raised), concern.figure
 
 

@@ -17,6 +17,7 @@ from megatron_ttt.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_ttt.evaluation.ruler.haystack import Haystack
 from megatron_ttt.evaluation.ruler.puzzle import Match
 from megatron_ttt.evaluation.ruler.sample import (
+    RulerTask,
     Sample,
     TooShort,
     make_sample,
@@ -33,7 +34,6 @@ from megatron_ttt.evaluation.ruler.vocabulary import (
     TRADES,
 )
 from megatron_ttt.evaluation.ruler.words import coded_counts
-from megatron_ttt.evaluation.schema import RulerTask
 
 LENGTH = 4096
 TOKENIZERS = ("bytes", "bpe")

@@ -6,22 +6,35 @@ Rounds with and without alternate in one process, so that what else the machine 
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from matplotlib.figure import Figure
-
+from megatron_ttt.config.bounds import COUNT
 from megatron_ttt.config.schema import TTTMode
-from megatron_ttt.evaluation.memory import peak_bytes
-from megatron_ttt.evaluation.report import MODE_COLOURS, MODE_NAMES, Report, Table
-from megatron_ttt.evaluation.schema import EvaluationConfig, SpeedConfig
-from megatron_ttt.evaluation.subject import Subject
-from megatron_ttt.inference.model_session import ModelSession
+from megatron_ttt.evaluation.report import MODE_NAMES, Report, Table
+from megatron_ttt.evaluation.task import Reading, Task, Text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from megatron_ttt.evaluation.schema import EvaluationConfig
+    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.inference.model_session import ModelSession
+
+
+@dataclass
+class SpeedConfig:
+    """Time and memory of reading prompts and of the tokens behind them."""
+
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096])  # tokens of the prompt
+    batch_sizes: list[int] = field(default_factory=lambda: [1])
+    new_tokens: int = 64
+    repeats: int = 5
 
 
 @dataclass
@@ -47,13 +60,21 @@ class Measured:
     timings: dict[TTTMode, Timing]
 
 
-def run_speed(subject: Subject, config: EvaluationConfig) -> Report:
-    """The task ``speed``; called on every rank, measured where it prints."""
-    settings = config.speed
-    found = list(_measure(subject, settings))
+def row_lengths(source: Source, settings: SpeedConfig) -> dict[str, list[int]]:
+    """Return the tokens of each prompt with the new ones."""
+    return {"speed.lengths": [length + settings.new_tokens for length in settings.lengths]}
+
+
+def run(subject: Subject, settings: SpeedConfig, config: EvaluationConfig) -> Report:
+    """Measure and report both readings; every rank measures, the first prints its own."""
+    import torch
+
+    device = subject.ranks.device
+    with torch.no_grad():
+        found = list(_measure(subject, settings))
     tables = [_table(found, "prefill", settings), _table(found, "decode", settings)]
     values = {
-        "device": _device_name(subject.ranks.device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "new_tokens": settings.new_tokens,
         "rounds": settings.repeats,
@@ -69,13 +90,12 @@ def run_speed(subject: Subject, config: EvaluationConfig) -> Report:
     return Report(tables, values, draw=partial(_draw, found, settings))
 
 
-@torch.no_grad()
 def _measure(subject: Subject, settings: SpeedConfig) -> Iterator[Measured]:
-    vocabulary = subject.config.model.vocab_size
+    vocabulary = range(subject.config.model.vocab_size)
     for batch in settings.batch_sizes:
         for length in settings.lengths:
-            generator = torch.Generator().manual_seed(subject.seed)
-            rows = torch.randint(vocabulary, (batch, length), generator=generator).tolist()
+            draw = random.Random(subject.seed)
+            rows = [draw.choices(vocabulary, k=length) for _ in range(batch)]
             timings = {mode: Timing() for mode in subject.modes}
             for mode in subject.modes:  # also warms up
                 _measure_memory(subject, mode, rows, settings, timings[mode])
@@ -88,6 +108,8 @@ def _measure(subject: Subject, settings: SpeedConfig) -> Iterator[Measured]:
 def _measure_memory(
     subject: Subject, mode: TTTMode, rows: list[list[int]], settings: SpeedConfig, timing: Timing
 ) -> None:
+    from megatron_ttt.evaluation.memory import peak_bytes
+
     session = subject.new_session(mode, batch=len(rows))
     device = subject.ranks.device
     timing.prefill_peak = peak_bytes(lambda: session.read(rows), device)
@@ -149,34 +171,32 @@ def _ratio(cell: Measured, part: str) -> list[float]:
 
 
 def _draw(found: list[Measured], settings: SpeedConfig) -> Figure:
-    """Prefill and decoding by prompt length, one line a reading and batch size."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    """Draw prefill and decoding by prompt length, one line a reading and batch size."""
+    from megatron_ttt.evaluation.drawing import finish, panels, reading, token_axis
+
+    figure, ((left, right),) = panels(2)
     lengths = sorted({cell.length for cell in found})
     for order, batch in enumerate(sorted({cell.batch for cell in found})):
         cells = sorted((c for c in found if c.batch == batch), key=lambda cell: cell.length)
+        places = [cell.length for cell in cells]
         for mode in found[0].timings:
-            style = {
-                "label": f"{MODE_NAMES[mode]}, batch {batch}",
-                "color": MODE_COLOURS[mode],
-                "marker": "o",
-                "linestyle": ("-", "--", ":", "-.")[order % 4],
-            }
-            places = [cell.length for cell in cells]
+            style = reading(mode, f", batch {batch}")
+            style["linestyle"] = ("-", "--", ":", "-.")[order % 4]
             for axes, part in ((left, "prefill"), (right, "decode")):
                 axes.plot(places, [_rate(cell, mode, part, settings) for cell in cells], **style)
     left.set(title="Prefill", ylabel="tokens/s, all rows")
     right.set(title="Decoding", ylabel="ms a token and step")
     for axes in (left, right):
-        axes.set(xlabel="prompt, tokens")
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [str(length) for length in lengths])
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    return figure
+        axes.set(xlabel="prompt, tokens", ylim=(0, None))
+        token_axis(axes, lengths)
+    return finish(figure)
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+TASK = Task(
+    settings=SpeedConfig,
+    reading=Reading.SESSION,
+    text=Text.RANDOM,
+    lengths=row_lengths,
+    run=run,
+    bounds=dict.fromkeys(("lengths", "batch_sizes", "new_tokens", "repeats"), COUNT),
+)
