@@ -2,41 +2,53 @@
 """Compares runs over seeds and settings by what task=perplexity of tools/evaluate.py wrote.
 
 python tools/compare.py outputs/evidence/micro/*/evaluation/perplexity.json \
-    --output outputs/evidence/micro
+    output=outputs/evidence/micro
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from omegaconf import MISSING
 from rich.console import Console
 
-from megatron_ttt.config.arguments import OneLineParser, tell
+from megatron_ttt.config.command import Command, run_command, tell
 from megatron_ttt.evaluation.comparison import compare, read_result
 from megatron_ttt.evaluation.report import print_report, write_report
 
 
-def parser() -> OneLineParser:
-    made = OneLineParser(description="Runs against each other, over seeds and settings.")
-    made.add_argument("results", nargs="+", type=Path, metavar="FILE", help="perplexity.json files")
-    made.add_argument("--output", type=Path, metavar="FOLDER", help="for comparison.json and .png")
-    return made
+@dataclass
+class Keys:
+    """Compare results of runs: words without KEY= are their files.
+
+    Attributes:
+        results: files perplexity.json
+        output: folder for comparison.json and comparison.png
+    """
+
+    results: list[Path] = MISSING
+    output: Path | None = None
+
+
+def run(keys: Keys) -> int:
+    """Print the comparison, and write it where ``output`` is given."""
+    console = Console()
+    report = compare([read_result(path) for path in keys.results])
+    print_report(report, console)
+    if keys.output is not None:
+        for file in write_report(report, keys.output, name="comparison", about={}):
+            console.print(f"wrote {file}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def main(arguments: list[str]) -> int:
-    """The exit status: 0, or 2 for a mistake, which takes one line."""
-    options = parser().parse_args(arguments)
-    console = Console()
+    """Return the exit status: 0, or 2 for a mistake, which takes one line."""
     try:
-        report = compare([read_result(path) for path in options.results])
-        print_report(report, console)
-        if options.output is not None:
-            for file in write_report(report, options.output, name="comparison", about={}):
-                console.print(f"wrote {file}", highlight=False, soft_wrap=True)
-    except (ValueError, OSError) as error:
+        return run_command(arguments, Command(Keys, run, files="results"), __doc__)
+    except OSError as error:
         return tell(error)
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,128 +1,104 @@
 #!/usr/bin/env python3
 """Text, JSONL and Parquet files to a Megatron dataset: PREFIX.bin, PREFIX.idx, PREFIX.meta.json.
 
-    python tools/preprocess_data.py books/ --output data/books --workers 8
-    python tools/preprocess_data.py web.jsonl --output data/web --tokenizer ~/models/Qwen3-4B-Base
-    python tools/preprocess_data.py code.parquet --column content --output data/code --align 1024
+    python tools/preprocess_data.py books/ output=data/books workers=8
+    python tools/preprocess_data.py web.jsonl output=data/web tokenizer=~/models/Qwen3-4B-Base
+    python tools/preprocess_data.py code.parquet column=content output=data/code align=1024
 
 Started again after an interruption, the same command continues where it was. docs/data.md has more.
 """
 
-import argparse
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 
+from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import (
-    WHOLE,
-    FlagCondition,
-    OneLineParser,
-    bounded,
-    flag_notices,
-    tell,
-)
 from megatron_ttt.config.bounds import INT32, Bound
+from megatron_ttt.config.command import Command, run_command, tell
+from megatron_ttt.config.effects import Condition
 from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, Summary, preprocess
 from megatron_ttt.data.shards import OnError
 
-FLAGS = {
-    "--json-key": FlagCondition(
-        lambda given: given.format in ("auto", "jsonl"), "but with --format jsonl or auto"
-    ),
-    "--column": FlagCondition(
-        lambda given: given.format in ("auto", "parquet"), "but with --format parquet or auto"
-    ),
-    "--pattern": FlagCondition(
-        lambda given: any(Path(name).is_dir() for name in given.inputs), "without a folder"
-    ),
-}
 LOG_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 
-def parse(arguments: list[str]) -> PreprocessOptions:
-    parser = OneLineParser(
-        prog="preprocess_data.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="files, or folders to search")
-    add("--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx and .meta.json")
-    formats = [format.value for format in InputFormat]
-    add("--format", choices=formats, default="auto", help="auto: by suffix and content (default)")
-    add("--pattern", help="file names taken from folders, e.g. '*.md' (default: by format)")
-    add("--json-key", default="text", metavar="KEY", help="field of a JSONL record (default: text)")
-    add("--column", default="text", metavar="NAME", help="column of a Parquet file (default: text)")
-    add(
-        "--tokenizer",
-        default="bytes",
-        metavar="NAME",
-        help="bytes (default), a folder with tokenizer.json, or a Hugging Face hub name",
-    )
-    marks = [choice.value for choice in Bos]
-    add(
-        "--bos",
-        choices=marks,
-        default="model",
-        help="before a document: what the tokenizer adds itself (model, default), its"
-        " beginning-of-sequence token (add), or nothing (none)",
-    )
-    add("--eod-id", type=WHOLE, metavar="ID", help="end of document, if not end of sequence")
-    add("--pad-id", type=WHOLE, metavar="ID", help="padding, if the tokenizer has none of its own")
-    add(
-        "--align",
-        type=WHOLE,
-        default=0,
-        metavar="N",
-        help="pad documents to multiples of N tokens, e.g. ttt.chunk_size (default: 0, off)",
-    )
-    errors = [choice.value for choice in OnError]
-    add("--on-error", choices=errors, default="skip", help="damaged documents (default: skip)")
-    add(
-        "--workers",
-        type=bounded(Bound(-INT32, 1024)),
-        default=1,
-        metavar="N",
-        help="processes (default: 1)",
-    )
-    add(
-        "--shard-bytes",
-        type=bounded(Bound(-INT32, 2**62)),
-        metavar="N",
-        help="input per unit of work (default: by size)",
-    )
-    add("--overwrite", action="store_true", help="replace a dataset at PREFIX")
-    given = parser.parse_args(arguments)
-    for line in flag_notices(parser, given, FLAGS):
-        print(line, file=sys.stderr)
-    is_bytes = given.tokenizer == "bytes"
-    return PreprocessOptions(
-        inputs=tuple(given.inputs),
-        output=given.output,
-        format=InputFormat(given.format),
-        pattern=given.pattern,
-        json_key=given.json_key,
-        column=given.column,
-        tokenizer_kind="bytes" if is_bytes else "huggingface",
-        tokenizer_name=None if is_bytes else str(Path(given.tokenizer).expanduser()),
-        eod_id=given.eod_id,
-        pad_id=given.pad_id,
-        bos=Bos(given.bos),
-        align=given.align,
-        on_error=OnError(given.on_error),
-        workers=given.workers,
-        overwrite=given.overwrite,
-        shard_bytes=given.shard_bytes,
-    )
+@dataclass
+class Keys:
+    """Tokenise files: words without KEY= are files, or folders to search.
+
+    Attributes:
+        inputs: files, or folders to search
+        output: PREFIX; writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json
+        format: auto, by suffix and content; text, jsonl or parquet
+        pattern: file names taken from folders, such as '*.md'; null: by format
+        json_key: field of a JSONL record
+        column: column of a Parquet file
+        tokenizer: bytes, a folder with tokenizer.json, or a Hugging Face hub name
+        bos: before a document: what the tokenizer adds itself (model), its beginning-of-sequence
+            token (add), or nothing (none)
+        eod_id: end of document; null: end of sequence
+        pad_id: padding, if the tokenizer has none of its own
+        align: pad documents to multiples of so many tokens, as ttt.chunk_size; 0: off
+        on_error: skip damaged documents, or stop
+        workers: processes
+        shard_bytes: input per unit of work; null: by size
+        overwrite: replace a dataset at PREFIX
+    """
+
+    inputs: list[str] = MISSING
+    output: str = MISSING
+    format: InputFormat = InputFormat.auto
+    pattern: str | None = None
+    json_key: str = "text"
+    column: str = "text"
+    tokenizer: str = "bytes"
+    bos: Bos = Bos.model
+    eod_id: int | None = None
+    pad_id: int | None = None
+    align: int = 0
+    on_error: OnError = OnError.skip
+    workers: int = 1
+    shard_bytes: int | None = None
+    overwrite: bool = False
+
+
+EFFECTS = {
+    "json_key": (
+        Condition("format", lambda keys: keys.format in (InputFormat.auto, InputFormat.jsonl)),
+    ),
+    "column": (
+        Condition("format", lambda keys: keys.format in (InputFormat.auto, InputFormat.parquet)),
+    ),
+    # files that are named are taken whatever they are called
+    "pattern": (Condition("inputs", lambda keys: any(Path(i).is_dir() for i in keys.inputs)),),
+}
+BOUNDS = {
+    "eod_id": Bound(-INT32),
+    "pad_id": Bound(-INT32),
+    "align": Bound(-INT32),
+    "workers": Bound(-INT32, 1024),
+    "shard_bytes": Bound(-INT32, 2**62),
+}
+
+
+def options_of(keys: Keys) -> PreprocessOptions:
+    """Return the keys as the package takes them."""
+    values = vars(keys) | {"inputs": tuple(keys.inputs)}
+    name = values.pop("tokenizer")
+    if name != "bytes":
+        folder = str(Path(name).expanduser())
+        values |= {"tokenizer_kind": "huggingface", "tokenizer_name": folder}
+    return PreprocessOptions(**values)
 
 
 class TerminalProgress(Progress):
@@ -190,8 +166,9 @@ def report(summary: Summary) -> list[str]:
     return lines + [f"skipped     {example}" for example in summary.examples]
 
 
-def main(arguments: list[str]) -> int:
-    options = parse(arguments)
+def run(keys: Keys) -> int:
+    """Write the dataset and report; 1 where it stopped and can continue."""
+    options = options_of(keys)
     progress = TerminalProgress(Console(stderr=True))
     again = f"the finished part is kept in {options.output}.partial: start again to continue"
     try:
@@ -213,6 +190,12 @@ def main(arguments: list[str]) -> int:
         return 130
     print("\n".join(report(summary)))
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit status: 0, or 2 for a mistake, which takes one line."""
+    command = Command(Keys, run, bounds=BOUNDS, effects=EFFECTS, files="inputs")
+    return run_command(arguments, command, __doc__)
 
 
 if __name__ == "__main__":

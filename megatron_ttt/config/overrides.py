@@ -116,12 +116,12 @@ def _takes_text(key: str, schema: type) -> bool:
     """Whether a value of the key is text, or may be."""
     annotation: Any = schema
     for part in key.split("."):
-        inner = _strip_optional(annotation)
+        inner = strip_optional(annotation)
         fields = typing.get_type_hints(inner) if dataclasses.is_dataclass(inner) else {}
         if part not in fields:
             return False
         annotation = fields[part]
-    return annotation is Any or _strip_optional(annotation) is str
+    return annotation is Any or strip_optional(annotation) is str
 
 
 def missing_model(config_dir: Path) -> Fault:
@@ -166,11 +166,17 @@ def _group_faults(
     return []
 
 
+def parsed_value(word: str) -> tuple[str, Any]:
+    """Return key and value of a word of which :func:`check_overrides` found no fault."""
+    override = OverridesParser.create().parse_override(word)
+    return override.key_or_group, override.value()
+
+
 def missing_key(key: str, schema: type) -> Fault:
     """The fault of a command line that leaves out a key which has no default."""
     annotation: Any = schema
     for part in key.split("."):
-        annotation = typing.get_type_hints(_strip_optional(annotation))[part]
+        annotation = typing.get_type_hints(strip_optional(annotation))[part]
     return Fault(key, "???", f"must be given: {_expected(annotation)}")
 
 
@@ -182,7 +188,7 @@ def _key_faults(override: Override, groups: dict[str, list[str]], schema: type) 
     known: list[str] = []
     prefix = ""
     for part in key.split("."):
-        inner = _strip_optional(annotation)
+        inner = strip_optional(annotation)
         fields = typing.get_type_hints(inner) if dataclasses.is_dataclass(inner) else {}
         if part not in fields:
             if annotation is Any:  # data.path takes whatever structure it is given
@@ -215,7 +221,7 @@ def _value_faults(override: Override, owner: Any, annotation: Any) -> list[Fault
         OmegaConf.update(OmegaConf.structured(owner), key.split(".")[-1], value, merge=True)
     except (OmegaConfBaseException, OverflowError):  # a whole number beyond every float
         message = f"must be {_expected(annotation)}"
-        inner = _strip_optional(annotation)
+        inner = strip_optional(annotation)
         if isinstance(inner, type) and issubclass(inner, Enum):
             message = suggest(str(value), inner.__members__) + message
         return [Fault(key, override.get_value_string(), message)]
@@ -233,7 +239,7 @@ def shape_faults(config: Any, prefix: str = "") -> list[Fault]:
     """
     faults = []
     for name, annotation in typing.get_type_hints(type(config)).items():
-        value, inner = getattr(config, name), _strip_optional(annotation)
+        value, inner = getattr(config, name), strip_optional(annotation)
         if dataclasses.is_dataclass(inner):
             assert isinstance(inner, type)
             if isinstance(value, inner):
@@ -252,7 +258,7 @@ def shape_faults(config: Any, prefix: str = "") -> list[Fault]:
     return faults
 
 
-def _strip_optional(annotation: Any) -> Any:
+def strip_optional(annotation: Any) -> Any:
     """``X`` of ``X | None``, else the annotation itself."""
     if isinstance(annotation, types.UnionType):
         return next(arm for arm in typing.get_args(annotation) if arm is not types.NoneType)
@@ -261,15 +267,21 @@ def _strip_optional(annotation: Any) -> Any:
 
 def _expected(annotation: Any) -> str:
     """A type in words."""
-    inner = _strip_optional(annotation)
-    words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    inner = strip_optional(annotation)
+    words = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        Path: "a path",
+    }
     if isinstance(inner, type) and issubclass(inner, Enum):
         text = f"one of {', '.join(inner.__members__)}"
     elif inner in words:
         text = words[inner]
     elif typing.get_origin(inner) is list:
         (item,) = typing.get_args(inner)
-        known = {int: "a list of integers", str: "a list of texts"}
+        known = {int: "a list of integers", str: "a list of texts", Path: "a list of paths"}
         if isinstance(item, type) and issubclass(item, Enum):
             text = f"a list of {', '.join(item.__members__)}"
         else:

@@ -1,7 +1,7 @@
 """Input files: which ones are meant, and what each of them holds.
 
 The suffix proposes a format, in upper or lower case, and the content has to agree. A file that is
-something else by its content, or may be, is refused by name, so that the user says ``--format``.
+something else by its content, or may be, is refused by name, so that the user says ``format=``.
 """
 
 import json
@@ -68,7 +68,7 @@ def list_inputs(
     *,
     format: InputFormat,
     pattern: str | None,
-    option: str = "--format ",
+    option: str = "format=",
 ) -> list[InputFile]:
     """The files named, and those below the folders named, in the order named and then by path.
 

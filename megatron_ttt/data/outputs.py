@@ -23,21 +23,21 @@ def check_output(output: str, folder: Path, files: Sequence[InputFile], *, overw
     """
     if os.path.basename(output) in ("", ".", ".."):
         folder_named = output or "'' (empty)"
-        raise ValueError(f"--output {folder_named} names a folder: give a prefix, as dir/corpus")
+        raise ValueError(f"output={folder_named} names a folder: give a prefix, as dir/corpus")
     for above in Path(output).absolute().parents:
         if above.exists() and not above.is_dir():
-            raise ValueError(f"--output {output}: {above} is a file, not a folder")
+            raise ValueError(f"output={output}: {above} is a file, not a folder")
     _check_working_folder(folder, files)
     inputs = {_file_key(file.path): file.path for file in files}
     for path in (bin_path(output), idx_path(output), sidecar_path(output)):
         if not path.exists():
             continue
         if (replaced := inputs.get(_file_key(path))) is not None:
-            raise ValueError(f"--output {output} would replace the input {replaced}")
+            raise ValueError(f"output={output} would replace the input {replaced}")
         if path.is_dir():
-            raise ValueError(f"{path} is a folder: choose another --output")
+            raise ValueError(f"{path} is a folder: choose another output")
         if not overwrite and not (folder / "publishing").exists():
-            raise ValueError(f"{path} exists: choose another --output, or give --overwrite")
+            raise ValueError(f"{path} exists: choose another output, or give overwrite=true")
 
 
 def _check_working_folder(folder: Path, files: Sequence[InputFile]) -> None:

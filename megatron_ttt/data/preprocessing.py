@@ -143,11 +143,11 @@ def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> 
 
 def _check_numbers(options: PreprocessOptions) -> None:
     if options.workers < 1:
-        raise ValueError(f"--workers {options.workers}: at least one is needed")
+        raise ValueError(f"workers={options.workers}: at least one is needed")
     if options.align < 0:
-        raise ValueError(f"--align {options.align}: a number of tokens, or 0 for none")
+        raise ValueError(f"align={options.align}: a number of tokens, or 0 for none")
     if options.shard_bytes is not None and options.shard_bytes < 1:
-        raise ValueError(f"--shard-bytes {options.shard_bytes}: at least 1")
+        raise ValueError(f"shard_bytes={options.shard_bytes}: at least 1")
 
 
 def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], dict[str, Any]]:
@@ -163,8 +163,8 @@ def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], 
     ).identity
     if options.align > 1 and identity.pad is None:
         raise ValueError(
-            f"--align {options.align} needs a padding id other than end of document"
-            f" ({identity.eod}), which tokenizer {identity.name} lacks: choose one with --pad-id"
+            f"align={options.align} needs a padding id other than end of document"
+            f" ({identity.eod}), which tokenizer {identity.name} lacks: choose one with pad_id"
         )
     text = TextOptions(
         tokenizer=identity,
@@ -317,7 +317,7 @@ def _nothing_usable(
     stopped: ShardReport | None, reports: Sequence[ShardReport], places: _Places
 ) -> str:
     if stopped is not None:
-        return f"{places.describe(stopped, stopped.examples[-1])} (--on-error stop)"
+        return f"{places.describe(stopped, stopped.examples[-1])} (on_error=stop)"
     skipped = sum((Counter(report.skipped) for report in reports), Counter[str]())
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
     return f"the inputs hold no usable document ({reasons or 'they are empty'})"

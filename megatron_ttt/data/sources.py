@@ -127,7 +127,7 @@ def _common_tokenizer(
         if identity.start != first.start:
             raise ValueError(
                 f"documents of {name} begin with {_ids(identity.start)}, those of {first_name} with"
-                f" {_ids(first.start)}: prepare them with one --bos"
+                f" {_ids(first.start)}: prepare them with one bos"
             )
     configured = config.kind.value
     if configured != first.kind and (configured == "bytes" or config.name):
@@ -158,7 +158,7 @@ def _check_start(prefix: str, identity: TokenizerIdentity, config: TokenizerConf
     if wanted != identity.start:
         raise ValueError(
             f"bos={config.bos.value} means {_ids(wanted)} before a document, but those of {prefix}"
-            f" begin with {_ids(identity.start)}: prepare them with --bos {config.bos.value}, or"
+            f" begin with {_ids(identity.start)}: prepare them with bos={config.bos.value}, or"
             " leave the key out"
         )
 

@@ -183,7 +183,7 @@ class HuggingFaceTokenizer(_IdentityProperties):
         if eod is None:
             if eos_token is None:
                 raise ValueError(
-                    f"tokenizer {name} names no end-of-sequence token: give its id (--eod-id)"
+                    f"tokenizer {name} names no end-of-sequence token: give its id (eod_id)"
                 )
             eod = vocabulary[eos_token]
         if pad is None and pad_token is not None and vocabulary[pad_token] != eod:

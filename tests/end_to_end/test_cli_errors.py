@@ -127,7 +127,7 @@ def test_the_dry_run_builds_nothing(tmp_path: Path, program: str, words: list[st
 
 
 def test_the_plan_of_a_bad_configuration(tmp_path: Path) -> None:
-    done = start(tmp_path, "model", "+model=qwen3_4b", "parallel.tp=4", "--ranks", "6",
+    done = start(tmp_path, "model", "+model=qwen3_4b", "parallel.tp=4", "ranks=6",
                  program="tools/plan.py")  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("world_size=6: parallel.tp=4")

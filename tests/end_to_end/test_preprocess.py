@@ -40,13 +40,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(corpus: Path) -> Path:
     """The result of an undisturbed run."""
     prefix = corpus.parent / "whole"
-    finished = run(corpus, "--output", prefix)
+    finished = run(corpus, f"output={prefix}")
     assert finished.returncode == 0, finished.stderr
     return prefix
 
 
 def test_the_summary(corpus: Path, whole: Path) -> None:
-    again = run(corpus, "--output", whole, "--overwrite")
+    again = run(corpus, f"output={whole}", "overwrite=true")
     sidecar = json.loads(Path(f"{whole}.meta.json").read_text())
     assert again.returncode == 0
     assert "documents   3,999; skipped 1 (1 bad_json)" in again.stdout
@@ -60,7 +60,7 @@ def test_the_summary(corpus: Path, whole: Path) -> None:
 
 def start_and_wait_for_shards(corpus: Path, prefix: Path) -> subprocess.Popen[str]:
     """A running job of about 400 shards that has finished a few."""
-    arguments = [str(corpus), "--output", str(prefix), "--workers", "2", "--shard-bytes", "900"]
+    arguments = [str(corpus), f"output={prefix}", "workers=2", "shard_bytes=900"]
     running = subprocess.Popen(
         [*PROGRAM, *arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -84,7 +84,7 @@ def test_killed_in_the_middle_and_started_again(corpus: Path, whole: Path, tmp_p
     assert alive == []  # workers do not outlive the program
     done = len(list(Path(f"{prefix}.partial").glob("shard-*.json")))
     assert done >= SHARDS_BEFORE_KILL
-    again = run(corpus, "--output", prefix, "--shard-bytes", 900)
+    again = run(corpus, f"output={prefix}", "shard_bytes=900")
     assert again.returncode == 0, again.stderr
     assert f"shards, {done} of them done before" in again.stdout
     assert outputs(prefix) == outputs(whole)
@@ -105,7 +105,7 @@ def test_a_killed_worker_ends_the_job_and_keeps_its_part(
     assert running.returncode == 1
     assert "a worker was killed" in errors
     assert "start again to continue" in errors
-    again = run(corpus, "--output", prefix, "--shard-bytes", 900)
+    again = run(corpus, f"output={prefix}", "shard_bytes=900")
     assert again.returncode == 0, again.stderr
     assert outputs(prefix) == outputs(whole)
 
@@ -119,7 +119,7 @@ def test_interrupted_from_the_keyboard(corpus: Path, whole: Path, tmp_path: Path
     assert errors == (
         f"interrupted; the finished part is kept in {prefix}.partial: start again to continue\n"
     )
-    again = run(corpus, "--output", prefix, "--shard-bytes", 900)
+    again = run(corpus, f"output={prefix}", "shard_bytes=900")
     assert again.returncode == 0, again.stderr
     assert outputs(prefix) == outputs(whole)
 
@@ -128,20 +128,23 @@ def test_interrupted_from_the_keyboard(corpus: Path, whole: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["nowhere.jsonl"], "input nowhere.jsonl does not exist"),
-        (["{corpus}", "--align", "-3"], "--align -3"),
-        (["{corpus}", "--align", "many"], "argument --align: 'many': must be a whole number"),
-        (["{corpus}", "--format", "xml"], "argument --format: invalid choice: 'xml'"),
-        (["{corpus}", "--tokenizer", "{folder}"], "cannot be loaded"),
-        (["{corpus}", "--on-error", "stop"], "x.jsonl:1235 bad_json (--on-error stop)"),
-        (["{corpus}", "--json-key", "body"], "the inputs hold no usable document"),
-        (["{corpus}", "--format", "parquet"], "is no readable Parquet file"),
+        (["{corpus}", "align=-3"], "align=-3"),
+        (["{corpus}", "align=many"], "align=many: must be an integer"),
+        (
+            ["{corpus}", "format=xml"],
+            "format=xml: must be one of auto, text, lines, jsonl",
+        ),
+        (["{corpus}", "tokenizer={folder}"], "cannot be loaded"),
+        (["{corpus}", "on_error=stop"], "x.jsonl:1235 bad_json (on_error=stop)"),
+        (["{corpus}", "json_key=body"], "the inputs hold no usable document"),
+        (["{corpus}", "format=parquet"], "is no readable Parquet file"),
     ],
 )
 def test_mistakes_take_one_line_and_exit_2(
     corpus: Path, tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     filled = [argument.format(corpus=corpus, folder=tmp_path) for argument in arguments]
-    failed = run(*filled, "--output", tmp_path / "out")
+    failed = run(*filled, f"output={tmp_path / 'out'}")
     assert failed.returncode == 2
     assert message in failed.stderr
     assert failed.stderr.count("\n") == 1

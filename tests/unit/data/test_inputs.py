@@ -76,7 +76,7 @@ def test_json_that_is_no_object_a_line(
     tmp_path: Path, name: str, content: str, said: str, format: InputFormat
 ) -> None:
     path = write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=rf"{name} holds {said}.*--format text"):
+    with pytest.raises(ValueError, match=rf"{name} holds {said}.*format=text"):
         formats(path, format=format)
     assert formats(path, format=InputFormat.text) == [InputFormat.text]
 
@@ -84,12 +84,12 @@ def test_json_that_is_no_object_a_line(
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.txt", RECORDS, "holds one JSON object a line: give --format jsonl or text"),
-        ("x", '{"text": "one"}', "holds one JSON object a line: give --format jsonl or text"),
-        ("x.log", RECORDS, "holds one JSON object a line: give --format jsonl or text"),
-        ("x.txt", ARRAY, "holds one JSON array, .*: give --format text"),
-        ("x.txt", SPREAD, "holds JSON over several lines, .*: give --format text"),
-        ("x.json", "prose\n", "does not begin with a JSON object .* jsonl or lines or text"),
+        ("x.txt", RECORDS, "holds one JSON object a line: give format=jsonl or text"),
+        ("x", '{"text": "one"}', "holds one JSON object a line: give format=jsonl or text"),
+        ("x.log", RECORDS, "holds one JSON object a line: give format=jsonl or text"),
+        ("x.txt", ARRAY, "holds one JSON array, .*: give format=text"),
+        ("x.txt", SPREAD, "holds JSON over several lines, .*: give format=text"),
+        ("x.json", "prose\n", "does not begin with a JSON object .* format=jsonl or lines or text"),
         ("x.json", "17\n", "does not begin with a JSON object"),
     ],
 )
@@ -131,7 +131,7 @@ def test_a_table_by_another_name(tmp_path: Path) -> None:
     assert formats(path) == [InputFormat.parquet]
     for name in ("x.txt", "x.jsonl", "x"):
         other = write(tmp_path / name, path.read_bytes())
-        with pytest.raises(ValueError, match="Parquet file by its content: give --format parquet"):
+        with pytest.raises(ValueError, match="Parquet file by its content: give format=parquet"):
             formats(other)
         assert formats(other, format=InputFormat.parquet) == [InputFormat.parquet]
         with pytest.raises(ValueError, match="Parquet file by its content"):

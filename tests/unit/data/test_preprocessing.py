@@ -283,7 +283,7 @@ def test_a_damaged_document_stops_the_job_on_request(tmp_path: Path, workers: in
     good = [json.dumps({"text": text}) for text in TEXTS]
     path.write_text("\n".join([*good[:20], "", "{", *good[20:], "[]"]))
     job = options(tmp_path, path, on_error=OnError.stop, shard_bytes=300, workers=workers)
-    with pytest.raises(ValueError, match=r"x\.jsonl:22 bad_json \(--on-error stop\)"):
+    with pytest.raises(ValueError, match=r"x\.jsonl:22 bad_json \(on_error=stop\)"):
         preprocess(job)
     assert [p.name for p in tmp_path.iterdir()] == ["x.jsonl"]
 
@@ -304,7 +304,7 @@ def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
     job = options(tmp_path, path)
     preprocess(job)
     before = outputs(job.output)
-    with pytest.raises(ValueError, match="exists: choose another --output, or give --overwrite"):
+    with pytest.raises(ValueError, match="exists: choose another output, or give overwrite=true"):
         preprocess(replace(job, align=4))
     assert outputs(job.output) == before
     preprocess(replace(job, align=4, overwrite=True))
@@ -397,9 +397,9 @@ def test_files_that_look_like_something_else_write_nothing(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"workers": 0}, "--workers 0"),
-        ({"align": -1}, "--align -1"),
-        ({"shard_bytes": 0}, "--shard-bytes 0"),
+        ({"workers": 0}, "workers=0"),
+        ({"align": -1}, "align=-1"),
+        ({"shard_bytes": 0}, "shard_bytes=0"),
         ({"inputs": ("nowhere.txt",)}, "nowhere.txt does not exist"),
         ({"tokenizer_kind": "huggingface"}, "needs the name"),
         ({"eod_id": 3}, "byte tokenizer's marks are fixed"),
@@ -416,7 +416,7 @@ def test_alignment_needs_a_padding_id(tmp_path: Path) -> None:
     path = as_jsonl(tmp_path / "x.jsonl")
     name = save_tokenizer(tmp_path / "tokenizer", pad_token="<|end|>")
     job = options(tmp_path, path, tokenizer_kind="huggingface", tokenizer_name=name, align=8)
-    with pytest.raises(ValueError, match="choose one with --pad-id"):
+    with pytest.raises(ValueError, match="choose one with pad_id"):
         preprocess(job)
     preprocess(replace(job, pad_id=1))
     assert all(len(document) % 8 == 0 for document in read_back(job.output))

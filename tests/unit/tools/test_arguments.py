@@ -20,16 +20,16 @@ NUMBERS = {
         "parallel.tp=", "ttt.eta=", "ttt.chunk_size=", "ttt.decay=",
     ],
     "bake nowhere there --read x": ["--probe-tokens", "ttt.eta=", "ttt.clip.bound="],
-    "preprocess_data nowhere --output there": [
-        "--eod-id", "--pad-id", "--align", "--workers", "--shard-bytes",
+    "preprocess_data nowhere output=there": [
+        "eod_id=", "pad_id=", "align=", "workers=", "shard_bytes=",
     ],
-    "plan model +model=tiny": ["--ranks"],
-    "plan scan +model=tiny": ["--tflops"],
+    "plan model +model=tiny": ["ranks="],
+    "plan scan +model=tiny": ["tflops="],
 }  # fmt: skip
 EDGES = ["-1", "100000000000000000000", "nan", "x\ny", "", "1e400"]
 WORDS = [
-    ([], "the following arguments are required"),
-    (["--no-such-flag"], "--help lists the options"),
+    ([], ("the following arguments are required", "must be given")),
+    (["--no-such-flag"], ("--help lists the options", "no such option; write KEY=VALUE")),
 ]
 
 
@@ -67,26 +67,32 @@ def test_numbers(command: str, flag: str, capsys: pytest.CaptureFixture[str]) ->
                                      "preprocess_data", "benchmark"])  # fmt: skip
 @pytest.mark.parametrize(("words", "expected"), WORDS)
 def test_missing_arguments(
-    program: str, words: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+    program: str, words: list[str], expected: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    if program in ("plan", "benchmark") and words:
+        words = ["scan", *words]
     assert status_of(program, words) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert expected in captured.err and captured.out == ""
+    assert captured.out == ""
+    for line in captured.err.splitlines():  # one a missing key
+        assert any(text in line for text in expected), captured.err
 
 
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
         (
-            "preprocess_data nowhere --output there --format text --json-key k --column c",
+            "preprocess_data nowhere output=there format=text json_key=k column=c",
             [
-                "--json-key has no effect but with --format jsonl or auto",
-                "--column has no effect but with --format parquet or auto",
+                "json_key has no effect with format=text",
+                "column has no effect with format=text",
             ],
         ),
-        ("preprocess_data nowhere --output there --pattern *", ["--pattern has no effect without"]),
-        ("preprocess_data nowhere --output there --json-key k", []),
+        (
+            "preprocess_data nowhere output=there pattern=*",
+            ["pattern has no effect with inputs=[nowhere]"],
+        ),
+        ("preprocess_data nowhere output=there json_key=k", []),
         (
             "convert_checkpoint import nowhere there --dry-run --verify",
             ["--verify has no effect with --dry-run"],

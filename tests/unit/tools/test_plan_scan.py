@@ -47,7 +47,7 @@ def test_without_fast_weights_there_is_no_scan() -> None:
 
 def test_the_command_prints_and_draws(tmp_path: Path) -> None:
     plot = tmp_path / "scan.png"
-    command = [sys.executable, "tools/plan.py", "scan", *OVERRIDES, "--plot", str(plot)]
+    command = [sys.executable, "tools/plan.py", "scan", *OVERRIDES, f"plot={plot}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "ring" in done.stdout and "4096" in done.stdout
