@@ -58,7 +58,7 @@ demo: setup ## three minutes from a fresh clone to loss by position, fast weight
 	$(call step,training: +experiment=demo on the standard library$(comma) 2 ranks share every sequence,$(BIN)/torchrun --standalone --nproc-per-node 2 launch/pretrain.py +experiment=demo parallel.cp=2 $(DEMO_ARGS))
 	$(call step,evaluation: held-out files$(comma) the same weights with fast weights on and off,$(BIN)/python tools/evaluate.py task=perplexity checkpoint=$(DEMO_DIR) perplexity.rows=48 perplexity.bins=8)
 	@echo "== done. Everything is in $(DEMO_DIR)/: evaluation/perplexity.png (loss by position), loss.png (loss by step), metrics.jsonl (one line a step), config.yaml (the whole configuration), checkpoints/latest (the model)"
-	@echo "   next: $(BIN)/python tools/generate.py $(DEMO_DIR) --prompt 'def main(' --temperature 0.7"
+	@echo "   next: $(BIN)/python tools/generate.py checkpoint=$(DEMO_DIR) prompt='def main(' temperature=0.7"
 
 test: lint ## the whole CPU suite: linter, types, import directions, every test
 	$(call step,tests,$(BIN)/python -m pytest $(PYTEST_ARGS))

@@ -1,46 +1,36 @@
 #!/usr/bin/env python3
 """Generates text with an exported or a Megatron checkpoint, with fast weights or without.
 
-python tools/generate.py exported --prompt "Once upon a time" --max-new-tokens 64
-python tools/generate.py exported --prompt "Once upon a time" ttt=off
-python tools/generate.py exported --read book.txt ttt.clip.mode=relative ttt.clip.bound=0.1
-python tools/generate.py exported --read book.txt --max-new-tokens 0 --save-memory book.memory
-python tools/generate.py exported --memory book.memory --prompt "Who is the captain?"
-python tools/generate.py exported --session talk.session --prompt "And then?"
-torchrun --nproc-per-node 2 tools/generate.py checkpoints/qwen3_4b parallel.tp=2 --prompt "Hello"
+python tools/generate.py checkpoint=exported prompt="Once upon a time" max_new_tokens=64
+python tools/generate.py checkpoint=exported prompt="Once upon a time" ttt=off
+python tools/generate.py checkpoint=exported read=book.txt ttt.clip.mode=relative ttt.clip.bound=0.1
+python tools/generate.py checkpoint=exported read=book.txt max_new_tokens=0 save_memory=book.memory
+python tools/generate.py checkpoint=exported memory=book.memory prompt="Who is the captain?"
+python tools/generate.py checkpoint=exported session=talk.session prompt="And then?"
+torchrun --nproc-per-node 2 tools/generate.py checkpoint=checkpoints/qwen3_4b parallel.tp=2 \
+    prompt="Hello"
 
 Text goes to standard output as it is generated, everything else to standard error.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_ttt.config.arguments import (
-    SEED_NUMBER,
-    WHOLE,
-    FlagCondition,
-    OneLineParser,
-    bounded,
-    flag_notices,
-    tell,
-)
-from megatron_ttt.config.bounds import Bound
+from omegaconf import MISSING
+
+from megatron_ttt.config.bounds import COUNT, INT32, RANKS, SEED, Bound
+from megatron_ttt.config.command import Command, run_command
+from megatron_ttt.config.effects import Condition
+from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.launcher import launched
-from megatron_ttt.config.reading import (
-    RULE_KEYS,
-    ReadingMode,
-    ReadingRule,
-    rule_faults,
-    set_keys,
-    set_rule_key,
-)
+from megatron_ttt.config.reading import RULE_KEYS, ReadingMode, ReadingRule, rule_faults
 from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import Spelled, Tokenizer
@@ -51,15 +41,101 @@ if TYPE_CHECKING:
     from megatron_ttt.inference.backend import Backend
     from megatron_ttt.inference.generation import Generated
 
-DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+class Rest(Enum):
+    """What becomes of a memory's unfinished chunk."""
+
+    flush = "flush"
+    drop = "drop"
 
 
-_SAMPLES = FlagCondition(lambda given: given.temperature > 0, "with --temperature 0")
-FLAGS = {
-    "--top-k": _SAMPLES,
-    "--top-p": _SAMPLES,
-    "--seed": _SAMPLES,
-    "--rest": FlagCondition(lambda given: given.save_memory is not None, "without --save-memory"),
+class Dtype(Enum):
+    auto = "auto"
+    bf16 = "bfloat16"
+    fp16 = "float16"
+    fp32 = "float32"
+
+
+@dataclass
+class Parallel:
+    """Ranks of a Megatron checkpoint.
+
+    Attributes:
+        tp: ranks that share each layer
+        cp: ranks that share the rows' tokens
+    """
+
+    tp: int = 1
+    cp: int = 1
+
+
+@dataclass
+class Keys:
+    """Read a prompt and go on.
+
+    Attributes:
+        checkpoint: an exported model, a Megatron checkpoint, or a run
+        prompt: repeat it for a batch of rows
+        prompt_file: a prompt as long as a file
+        read: file that every row reads before its prompt
+        tokenizer: bytes, a folder or a name; null: the model's
+        bos: before a prompt: model, add or none (docs/inference.md); null: as in training
+        special_tokens: spelled in a prompt: read as characters, or as tokens
+        max_new_tokens: after each prompt
+        temperature: 0: the most likely token
+        top_k: tokens that are drawn from
+        top_p: share of the probability that is drawn from
+        seed: of the draws
+        stop_token: ids that end a row; null: the model's
+        session: file; continue it if it exists, save it at the end
+        memory: file; start with its fast weights
+        save_memory: file; save the fast weights at the end
+        rest: the memory's unfinished chunk: flush or drop
+        beyond_positions: read more tokens than the model has positions
+        dtype: of an exported model: auto, bf16, fp16 or fp32
+        device: of an exported model; null: a GPU if there is one
+    """
+
+    checkpoint: Path = MISSING
+    prompt: list[str] = field(default_factory=list)
+    prompt_file: Path | None = None
+    read: Path | None = None
+    tokenizer: str | None = None
+    bos: Bos | None = None
+    special_tokens: Spelled = Spelled.characters
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 1234
+    stop_token: list[int] | None = None
+    session: Path | None = None
+    memory: Path | None = None
+    save_memory: Path | None = None
+    rest: Rest = Rest.flush
+    beyond_positions: bool = False
+    dtype: Dtype = Dtype.auto
+    device: str | None = None
+    ttt: ReadingRule = field(default_factory=ReadingRule)
+    parallel: Parallel = field(default_factory=Parallel)
+
+
+BOUNDS = {
+    "max_new_tokens": Bound(0),
+    "temperature": Bound(0, 1e30),
+    "top_k": COUNT,
+    "top_p": Bound(0, 1, open=True, words="must lie in (0, 1]"),
+    "seed": SEED,
+    "stop_token": Bound(-INT32),
+    "parallel.tp": RANKS,
+    "parallel.cp": RANKS,
+}
+_SAMPLES = (Condition("temperature", lambda keys: keys.temperature > 0),)
+_FAST = (Condition("ttt.mode", lambda keys: keys.ttt.mode is not ReadingMode.off),)
+EFFECTS = {
+    **dict.fromkeys(("top_k", "top_p", "seed"), _SAMPLES),
+    **dict.fromkeys(RULE_KEYS, _FAST),
+    "rest": (Condition("save_memory", lambda keys: keys.save_memory is not None),),
 }
 
 
@@ -67,100 +143,18 @@ class Mistake(ValueError):
     """Something the user can put right; the message is one line."""
 
 
-@dataclass
-class Overrides:
-    """The few configuration keys that mean something here."""
-
-    rule: ReadingRule = field(default_factory=ReadingRule)
-    tp: int = 1
-    cp: int = 1
-
-
-def _valid() -> str:
-    keys = ", ".join(f"{key}=..." for key in RULE_KEYS)
-    return f"ttt=off, ttt=in_place, {keys}, parallel.tp=N, parallel.cp=N"
-
-
-def parser() -> OneLineParser:
-    made = OneLineParser(
-        prog="generate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = made.add_argument
-    add("model", type=Path, help="an exported model, a Megatron checkpoint, or a run")
-    add("overrides", nargs="*", metavar="KEY=VALUE", help=_valid())
-    add("--prompt", action="append", metavar="TEXT", help="repeat it for a batch of rows")
-    add("--prompt-file", type=Path, metavar="FILE", help="a prompt as long as a file")
-    add("--read", type=Path, metavar="FILE", help="text that every row reads before its prompt")
-    add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
-    add(
-        "--bos", choices=[choice.value for choice in Bos], help="before a prompt: docs/inference.md"
-    )
-    spelled = [choice.value for choice in Spelled]
-    add("--special-tokens", choices=spelled, default="characters", help="spelled in a prompt")
-    add("--max-new-tokens", type=WHOLE, default=128, metavar="N", help="default: 128")
-    add(
-        "--temperature",
-        type=bounded(Bound(-1e30, 1e30), float),
-        default=0.0,
-        help="0 (default): the most likely token",
-    )
-    add("--top-k", type=WHOLE, metavar="K")
-    add("--top-p", type=bounded(Bound(-1, 1e6), float), metavar="P")
-    add("--seed", type=SEED_NUMBER, default=1234)
-    add("--stop-token", type=WHOLE, action="append", metavar="ID", help="default: the model's")
-    add("--session", type=Path, metavar="FILE", help="continue it if it exists; save it at the end")
-    add("--memory", type=Path, metavar="FILE", help="start with the fast weights of a memory")
-    add("--save-memory", type=Path, metavar="FILE", help="save the fast weights at the end")
-    add("--rest", choices=["flush", "drop"], default="flush", help="the memory's unfinished chunk")
-    add("--beyond-positions", choices=["refuse", "allow"], default="refuse")
-    add("--dtype", choices=DTYPES, default="auto", help="of an exported model")
-    add("--device", metavar="NAME", help="of an exported model (default: a GPU if there is one)")
-    return made
-
-
-def parse_overrides(words: list[str]) -> Overrides:
-    """
-    Raises:
-        Mistake: a key or value that means nothing here.
-        ConfigError: a value that the key cannot have.
-    """
-    found = Overrides()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key in ("ttt", "ttt.mode") and value in ("off", "in_place"):
-            found.rule.mode = ReadingMode[value]
-        elif key in RULE_KEYS:
-            set_rule_key(found.rule, key, value)
-        elif key in ("parallel.tp", "parallel.cp") and value.isdigit() and int(value) > 0:
-            setattr(found, key.removeprefix("parallel."), int(value))
-        else:
-            raise Mistake(f"{word}: valid are {_valid()}")
-    for fault in rule_faults(found.rule):
-        raise Mistake(fault.line())
-    return found
-
-
-def idle(made: OneLineParser, options: argparse.Namespace, rule: ReadingRule) -> list[str]:
-    """One line for each flag that has no effect, and each key of the rule beside ``ttt=off``."""
-    keys = [key for key, _ in set_keys(rule)] if rule.mode is ReadingMode.off else []
-    notices = flag_notices(made, options, FLAGS)
-    return notices + [f"notice: {key} has no effect with ttt=off" for key in keys]
-
-
 @contextmanager
-def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[Backend[Any]]":
+def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
     """
     Raises:
         Mistake: the folder holds no model, or the ranks do not fit.
     """
-    folder: Path = checkpoint_folder(options.model)
+    folder: Path = checkpoint_folder(keys.checkpoint)
     ranks = launched().world_size
     if (folder / "metadata.json").is_file():
-        needed = overrides.tp * overrides.cp
+        needed = keys.parallel.tp * keys.parallel.cp
         if ranks != needed:
-            sizes = f"parallel.tp={overrides.tp} parallel.cp={overrides.cp}"
+            sizes = f"parallel.tp={keys.parallel.tp} parallel.cp={keys.parallel.cp}"
             raise Mistake(f"{sizes}: needs {needed} ranks (torchrun), the job has {ranks}")
         from megatron_ttt.training.quiet import quiet_libraries
 
@@ -168,50 +162,48 @@ def backend_of(options: argparse.Namespace, overrides: Overrides) -> "Iterator[B
         from megatron_ttt.inference.megatron_backend import megatron_backend
 
         with megatron_backend(
-            folder, tp=overrides.tp, cp=overrides.cp, rule=overrides.rule
+            folder, tp=keys.parallel.tp, cp=keys.parallel.cp, rule=keys.ttt
         ) as backend:
             yield backend
     elif (folder / "config.json").is_file():
-        if ranks != 1 or overrides.tp * overrides.cp != 1:
+        if ranks != 1 or keys.parallel.tp * keys.parallel.cp != 1:
             raise Mistake("an exported model is read by one process; ranks are for Megatron's")
         import torch
 
         from megatron_ttt.inference.transformers_backend import TransformersBackend
 
-        name = DTYPES[options.dtype]
+        name = keys.dtype.value
         yield TransformersBackend(
             folder,
-            rule=overrides.rule,
+            rule=keys.ttt,
             dtype=name if name == "auto" else getattr(torch, name),
-            device=torch.device(options.device) if options.device else None,
+            device=torch.device(keys.device) if keys.device else None,
         )
     else:
         raise Mistake(f"{folder}: neither config.json nor metadata.json: this is no model's folder")
 
 
-def tokenizer_of(options: argparse.Namespace, backend: "Backend[Any]") -> Tokenizer:
+def tokenizer_of(keys: Keys, backend: "Backend[Any]") -> Tokenizer:
     """
     Raises:
         ValueError: there is none, or it cannot be loaded; one line.
     """
-    bos = None if options.bos is None else Bos(options.bos)
-    spelled = Spelled(options.special_tokens)
-    tokenizer = backend.tokenizer.open(options.tokenizer, bos=bos, spelled=spelled)
+    tokenizer = backend.tokenizer.open(keys.tokenizer, bos=keys.bos, spelled=keys.special_tokens)
     if tokenizer is None:
-        raise Mistake(f"{options.model}: has no tokenizer: give --tokenizer")
+        raise Mistake(f"{keys.checkpoint}: has no tokenizer: give tokenizer=")
     return tokenizer
 
 
-def texts_of(options: argparse.Namespace) -> list[str]:
+def texts_of(keys: Keys) -> list[str]:
     """Each row's new text.
 
     Raises:
         ValueError: a file that cannot be read or is not text; one line.
     """
-    texts = list(options.prompt or [])
-    if options.prompt_file is not None:
-        texts.append(read_text(options.prompt_file))
-    before = read_text(options.read) if options.read is not None else ""
+    texts = list(keys.prompt)
+    if keys.prompt_file is not None:
+        texts.append(read_text(keys.prompt_file))
+    before = read_text(keys.read) if keys.read is not None else ""
     return [before + text for text in texts or [""]]
 
 
@@ -220,7 +212,7 @@ def warn_of_spelled(texts: list[str], tokenizer: Tokenizer) -> None:
     found = sorted({mark for text in texts for mark in tokenizer.spelled(text)})
     if found:
         print(
-            f"{', '.join(found)}: read as ordinary characters (--special-tokens=tokens reads them"
+            f"{', '.join(found)}: read as ordinary characters (special_tokens=tokens reads them"
             " as what they spell)",
             file=sys.stderr,
         )
@@ -262,25 +254,24 @@ class Printer:
         )
 
 
-def check_positions(options: argparse.Namespace, backend: "Backend[Any]", last: int) -> None:
+def check_positions(keys: Keys, backend: "Backend[Any]", last: int) -> None:
     """
     Raises:
         Mistake: positions that the model was not made for, and nobody said they may be used.
     """
-    if options.beyond_positions == "refuse" and last > backend.max_positions:
+    if not keys.beyond_positions and last > backend.max_positions:
         raise Mistake(
             f"{last} tokens with the new ones, but the model has {backend.max_positions} positions "
-            "(--beyond-positions=allow reads on regardless)"
+            "(beyond_positions=true reads on regardless)"
         )
 
 
-def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]) -> None:
+def generate_text(keys: Keys, backend: "Backend[Any]") -> None:
     """Read, generate, save.
 
     Args:
-        options: the command line.
+        keys: the command line.
         backend: the model.
-        notices: lines to say once no mistake has been found.
 
     Raises:
         ValueError: with one line for the user.
@@ -290,49 +281,47 @@ def run(options: argparse.Namespace, backend: "Backend[Any]", notices: list[str]
     from megatron_ttt.inference.generation import generate
     from megatron_ttt.inference.sampling import Sampler, Sampling
 
-    tokenizer = tokenizer_of(options, backend)
-    sampler = Sampler(Sampling(options.temperature, options.top_k, options.top_p, options.seed))
-    texts = texts_of(options)
-    if backend.speaks and options.special_tokens == Spelled.characters.value:
+    tokenizer = tokenizer_of(keys, backend)
+    sampler = Sampler(Sampling(keys.temperature, keys.top_k, keys.top_p, keys.seed))
+    texts = texts_of(keys)
+    if backend.speaks and keys.special_tokens is Spelled.characters:
         warn_of_spelled(texts, tokenizer)
     rows = [tokenizer.encode_prompt(text) if text else [] for text in texts]
-    if options.session is not None and backend.has_session(options.session):
-        if options.memory is not None:
-            raise Mistake("--session and --memory: a session that exists has its own fast weights")
-        reader, turn = backend.load_session(options.session)
+    if keys.session is not None and backend.has_session(keys.session):
+        if keys.memory is not None:
+            raise Mistake("session and memory: a session that exists has its own fast weights")
+        reader, turn = backend.load_session(keys.session)
         if len(turn.unread) != len(rows):
-            raise Mistake(f"{options.session}: has {len(turn.unread)} rows, not {len(rows)}")
+            raise Mistake(f"{keys.session}: has {len(turn.unread)} rows, not {len(rows)}")
         sampler.generator.set_state(turn.generator)
         new = [tokenizer.encode(text) for text in texts]  # a session has begun before
         rows = [unread + row for unread, row in zip(turn.unread, new, strict=True)]
-    elif options.memory is not None:
-        reader = backend.load_memory(options.memory, len(rows))
+    elif keys.memory is not None:
+        reader = backend.load_memory(keys.memory, len(rows))
     else:
         reader = backend.new_reader(len(rows))
     if any(not row for row in rows):
-        raise Mistake("the prompt is empty: give --prompt, --prompt-file or --read")
+        raise Mistake("the prompt is empty: give prompt=, prompt_file= or read=")
     largest = max(max(row) for row in rows)
     if largest >= backend.vocab_size:
         raise Mistake(f"the tokenizer gives id {largest}, the model has {backend.vocab_size}")
     longest = max(place + len(row) for place, row in zip(reader.places, rows, strict=True))
-    check_positions(options, backend, longest + options.max_new_tokens)
-    stop = frozenset(options.stop_token or []) or backend.stop_tokens or {tokenizer.eod}
+    check_positions(keys, backend, longest + keys.max_new_tokens)
+    stop = frozenset(keys.stop_token or []) or backend.stop_tokens or {tokenizer.eod}
     printer = Printer(tokenizer, rows=len(rows), speaks=backend.speaks)
-    for notice in notices if backend.speaks else []:
-        print(notice, file=sys.stderr)
     result = generate(
         reader,
         rows,
         sampler=sampler,
-        max_new_tokens=options.max_new_tokens,
+        max_new_tokens=keys.max_new_tokens,
         stop_tokens=stop,
         on_tokens=printer.on_tokens,
     )
     printer.finish(result)
-    if options.session is not None:
-        backend.save_session(options.session, reader, Turn.after(result.unread, sampler))
-    if options.save_memory is not None:
-        backend.save_memory(options.save_memory, reader, Unfinished(options.rest))
+    if keys.session is not None:
+        backend.save_session(keys.session, reader, Turn.after(result.unread, sampler))
+    if keys.save_memory is not None:
+        backend.save_memory(keys.save_memory, reader, Unfinished(keys.rest.value))
 
 
 @contextmanager
@@ -349,29 +338,32 @@ def session_held(session: Path | None) -> Iterator[None]:
     try:
         lock = acquire(path, lambda line: print(line, file=sys.stderr))
     except Occupied as error:
-        raise Mistake(f"--session {session}: {error}") from error
+        raise Mistake(f"session={session}: {error}") from error
     except OSError as error:
-        raise Mistake(f"--session {session}: cannot be written: {error.strerror}") from error
+        raise Mistake(f"session={session}: cannot be written: {error.strerror}") from error
     try:
         yield
     finally:
         lock.release()
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status: 0, or 2 for a mistake, which takes one line."""
-    made = parser()
-    options = made.parse_intermixed_args(arguments)
-    try:
-        if options.max_new_tokens < 0:
-            raise Mistake(f"--max-new-tokens {options.max_new_tokens}: is below 0")
-        overrides = parse_overrides(options.overrides)
-        notices = idle(made, options, overrides.rule)
-        with session_held(options.session), backend_of(options, overrides) as backend:
-            run(options, backend, notices)
-    except ValueError as error:
-        return tell(error, mark_faults="error: ")
+def run(keys: Keys) -> int:
+    """Open the model, read, generate, save."""
+    if faults := list(rule_faults(keys.ttt)):
+        raise ConfigError(faults)
+    with session_held(keys.session), backend_of(keys) as backend:
+        generate_text(keys, backend)
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit status: 0, or 2 for a mistake, which takes one line."""
+    old = {"--beyond-positions=allow": "beyond_positions=true"}
+    old |= {"--beyond-positions=refuse": "beyond_positions=false"}
+    command = Command(
+        Keys, run, bounds=BOUNDS, effects=EFFECTS, old=old, old_places=("checkpoint",)
+    )
+    return run_command(arguments, command, __doc__)
 
 
 if __name__ == "__main__":

@@ -242,15 +242,15 @@ def test_the_tool_reads_imported_checkpoints(
     exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
     assert convert_checkpoint.main(["import", exported, imported]) == 0
     capsys.readouterr()
-    options = ["--tokenizer", "bytes", "--max-new-tokens", "20", "--prompt", "A long enough prompt"]
+    options = ["tokenizer=bytes", "max_new_tokens=20", "prompt=A long enough prompt"]
 
     def say(model: str, *more: str) -> str:
-        assert generate_tool.main([model, *options, "--prompt", "b", *more]) == 0
+        assert generate_tool.main([f"checkpoint={model}", *options, "prompt=b", *more]) == 0
         return capsys.readouterr().out
 
     changed = ("ttt.chunk_size=5", "ttt.decay=0.6", "ttt.clip.mode=relative", "ttt.clip.bound=0.05")
     texts = [say(exported), say(exported, *changed), say(imported, "ttt=off")]
     assert [say(imported), say(imported, *changed)] == texts[:2]
     assert len(set(texts)) == 3
-    assert generate_tool.main([imported, *options, "ttt.clip.bound=0.1"]) == 2
+    assert generate_tool.main([f"checkpoint={imported}", *options, "ttt.clip.bound=0.1"]) == 2
     assert "the checkpoint has ttt.clip.mode=off" in capsys.readouterr().err

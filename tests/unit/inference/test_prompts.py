@@ -45,7 +45,9 @@ def read(folder: str, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[lis
         return inner(reader, given, **options)
 
     def call(*words: str) -> list[list[int]]:
-        assert main([folder, "--max-new-tokens", "2", "--beyond-positions=allow", *words]) == 0
+        assert (
+            main([f"checkpoint={folder}", "max_new_tokens=2", "beyond_positions=true", *words]) == 0
+        )
         return list(rows)
 
     monkeypatch.setattr(generation, "generate", generate)
@@ -62,19 +64,19 @@ def test_a_prompt_is_read_as_transformers_reads_it(
 ) -> None:
     whole = ids(folder, PROMPT)
     assert whole[0] == 2 and len(whole) > 9  # what the file stores as its truncation
-    assert read("--prompt", PROMPT, "--prompt", "x") == [whole, ids(folder, "x")]
-    assert read("--prompt", PROMPT, "--bos", "none") == [whole[1:]]
+    assert read(f"prompt={PROMPT}", "prompt=x") == [whole, ids(folder, "x")]
+    assert read(f"prompt={PROMPT}", "bos=none") == [whole[1:]]
     path = tmp_path / "book.txt"
     path.write_bytes(b"\xef\xbb\xbf" + PROMPT.encode())
-    assert read("--read", str(path)) == read("--prompt-file", str(path)) == [whole]
+    assert read(f"read={path}") == read(f"prompt_file={path}") == [whole]
 
 
 def test_a_session_begins_once(
     folder: str, read: Callable[..., list[list[int]]], tmp_path: Path
 ) -> None:
-    talk = ("--session", str(tmp_path / "talk"))
-    assert read(*talk, "--prompt", PROMPT) == [ids(folder, PROMPT)]
-    (row,) = read(*talk, "--prompt", "and then")
+    talk = f"session={tmp_path / 'talk'}"
+    assert read(talk, f"prompt={PROMPT}") == [ids(folder, PROMPT)]
+    (row,) = read(talk, "prompt=and then")
     assert 2 not in row
     assert row[1:] == ids(folder, "and then", add_special_tokens=False)  # behind what was unread
 
@@ -83,19 +85,19 @@ def test_a_memory_is_read_from_its_beginning(
     folder: str, read: Callable[..., list[list[int]]], tmp_path: Path
 ) -> None:
     memory = str(tmp_path / "memory")
-    read("--prompt", PROMPT, "--save-memory", memory)
-    assert read("--memory", memory, "--prompt", "and then") == [ids(folder, "and then")]
+    read(f"prompt={PROMPT}", f"save_memory={memory}")
+    assert read(f"memory={memory}", "prompt=and then") == [ids(folder, "and then")]
 
 
 def test_special_tokens_in_a_prompt_are_told_or_read(
     folder: str, read: Callable[..., list[list[int]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (row,) = read("--prompt", CHAT)
+    (row,) = read(f"prompt={CHAT}")
     assert row[0] == 2 and 0 not in row and 2 not in row[1:]
     assert "<|begin|>, <|end|>: read as ordinary characters" in capsys.readouterr().err
     chat = ids(folder, CHAT, add_special_tokens=False)
     assert (chat[0], chat[-1]) == (2, 0)
-    assert read("--prompt", CHAT, "--special-tokens", "tokens") == [chat]
+    assert read(f"prompt={CHAT}", "special_tokens=tokens") == [chat]
     assert "ordinary characters" not in capsys.readouterr().err
 
 

@@ -15,8 +15,8 @@ NUMBERS = {
     "benchmark decoding": ["--hidden", "--ffn", "--layers", "--chunk", "--batch", "--rounds"],
     "convert_checkpoint import nowhere there": ["--seed", "--ttt-layers"],
     "convert_checkpoint export nowhere there": ["--shard-gib"],
-    "generate nowhere --prompt x": [
-        "--max-new-tokens", "--temperature", "--top-k", "--top-p", "--seed", "--stop-token",
+    "generate checkpoint=nowhere prompt=x": [
+        "max_new_tokens=", "temperature=", "top_k=", "top_p=", "seed=", "stop_token=",
         "parallel.tp=", "ttt.eta=", "ttt.chunk_size=", "ttt.decay=",
     ],
     "bake nowhere there --read x": ["--probe-tokens", "ttt.eta=", "ttt.clip.bound="],
@@ -114,17 +114,21 @@ def test_flags_without_effect_are_named(
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--top-k 5", ["--top-k has no effect with --temperature 0"]),
-        ("--temperature 1 --seed 2 --rest drop", ["--rest has no effect without --save-memory"]),
+        ("top_k=5", ["top_k has no effect with temperature=0.0"]),
+        ("temperature=1 seed=2 rest=drop", ["rest has no effect with save_memory=null"]),
         (
             "ttt=off ttt.eta=1 ttt.clip.bound=2",
-            ["ttt.eta has no effect with ttt=off", "ttt.clip.bound has no effect with ttt=off"],
+            [
+                "ttt.eta has no effect with ttt.mode=off",
+                "ttt.clip.bound has no effect with ttt.mode=off",
+            ],
         ),
-        ("--max-new-tokens 3 ttt.eta=1", []),
+        ("max_new_tokens=3 ttt.eta=1", []),
     ],
 )
-def test_what_has_no_effect_on_generation(words: str, expected: list[str]) -> None:
-    parser = generate.parser()
-    options = parser.parse_intermixed_args(["model", "--prompt", "x", *words.split()])
-    rule = generate.parse_overrides(options.overrides).rule
-    assert generate.idle(parser, options, rule) == [f"notice: {line}" for line in expected]
+def test_what_has_no_effect_on_generation(
+    words: str, expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main(["checkpoint=nowhere", "prompt=x", *words.split()]) == 2
+    *notices, _ = capsys.readouterr().err.splitlines()
+    assert notices == [f"notice: {line}" for line in expected]
