@@ -53,7 +53,7 @@ def measure(
         model: its shapes.
         program: the command line of ``convert_checkpoint.py``, without arguments.
         folder: for about three times the checkpoint's size; emptied afterwards.
-        verify: also measure an import with ``--verify``.
+        verify: also measure an import with ``verify=true``.
 
     Returns:
         The checkpoint's bytes, and the measurements.
@@ -66,14 +66,20 @@ def measure(
         source, imported, exported = (str(folder / name) for name in ("hf", "megatron", "back"))
         size, largest = write_synthetic(model, Path(source))
         allowed = 2 * largest + GIB
-        plain = [*program, "import", source, imported, "--ttt-layers", "none"]
+        plain = [*program, "import", f"checkpoint={source}", f"output={imported}", "ttt.layers=[]"]
         rows = [_run("import", plain, allowed)]
-        rows.append(_run("export", [*program, "export", imported, exported], allowed))
+        rows.append(
+            _run(
+                "export",
+                [*program, "export", f"checkpoint={imported}", f"output={exported}"],
+                allowed,
+            )
+        )
         _run("diff", [*program, "diff", source, exported], None)
         shutil.rmtree(exported)
         if verify:
             shutil.rmtree(imported)
-            rows.append(_run("import --verify", [*plain, "--verify"], None))
+            rows.append(_run("import verify=true", [*plain, "verify=true"], None))
         return size, rows
     finally:
         shutil.rmtree(folder)

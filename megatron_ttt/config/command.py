@@ -141,12 +141,14 @@ class Command(Generic[Keys]):
                 new.append(word)
                 continue
             key = made.partition("=")[0]
-            replaced.append((word.partition("=")[0], made if len(made) < 60 else f"{key}=..."))
+            option = word.partition("=")[0] if word.startswith("--") else "words without KEY="
+            replaced.append((option, made if len(made) < 60 else f"{key}=..."))
             new.append(made)
         warning = ""
         if replaced:
-            before, after = (" ".join(part) for part in zip(*replaced, strict=True))
-            warning = f"warning: write {after} (the next release does not know {before})"
+            before, after = zip(*replaced, strict=True)
+            options = ", ".join(dict.fromkeys(before))
+            warning = f"warning: write {' '.join(after)} (the next release refuses {options})"
         return _joined_lists(new, types), " ".join(warning.split())
 
     def _translated(self, word: str, left: list[str], types: Mapping[str, Any]) -> str:

@@ -250,7 +250,7 @@ def _check_reference(ttt: TTTConfig) -> None:
         "ttt.write.kind": (ttt.write.kind, usual.write.kind),
         "ttt.clip.mode": (ttt.clip.mode, usual.clip.mode),
     }
-    message = "the reference implementation has none: --style package exports it"
+    message = "the reference implementation has none: style=package exports it"
     faults = [
         Fault(key, value, message)
         for key, (value, none) in parts.items()

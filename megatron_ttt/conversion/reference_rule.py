@@ -1,6 +1,6 @@
 """The published fast-weight MLP, written down from its equations and from nothing else of ours.
 
-What ``export --style reference`` writes is computed by another implementation. Verification runs
+What ``export style=reference`` writes is computed by another implementation. Verification runs
 this transcription in its place, and tests hold the classes of ``megatron_ttt.hf`` against it. It
 knows the published keys alone: normalisation, decay and clip do not exist here.
 

@@ -212,13 +212,13 @@ def described_ttt(
         )
     if layers is not None:
         if model.layers in layers and len(layers) > 1:
-            message = f"--ttt-layers: {model.layers} is left out: layers are 0 to"
+            message = f"ttt.layers: {model.layers} is left out: layers are 0 to"
             warnings.warn(f"{message} {model.layers - 1}", stacklevel=2)
             layers = [layer for layer in layers if layer != model.layers]
         absent = [layer for layer in layers if not 0 <= layer < model.layers]
         if absent:
             message = f"layers are 0 to {model.layers - 1}"
-            raise ConfigError([Fault("ttt layers", absent, message)])
+            raise ConfigError([Fault("ttt.layers", absent, message)])
         ttt = replace(ttt, layers=layers or None, mode=TTTMode.in_place if layers else TTTMode.off)
     target = target_generator(ttt, layers=model.layers)
     return target, replace(ttt, layers=list(target.layers) or None)

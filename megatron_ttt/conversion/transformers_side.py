@@ -92,7 +92,7 @@ class TransformersSide:
             except (StrictDataclassError, *_FAILURES) as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 message = f"transformers cannot load it: {reason}"
-                raise ConfigError([Fault("--verify", self.folder.path, message)]) from error
+                raise ConfigError([Fault("verify", self.folder.path, message)]) from error
         lost = sorted(found["missing_keys"])
         if lost:
             raise VerificationFailed(f"transformers finds no {', '.join(lost[:4])}")

@@ -83,8 +83,8 @@ def ttt_from_hf(
         if chunk_size is None or eta is None:
             message = (
                 f"there are fast weights in layers {trained}, but nothing says with which chunk"
-                " and eta: give --ttt-chunk and --ttt-eta to import, ttt.chunk_size and ttt.eta to"
-                " a run, or write ttt_chunk and ttt_lr into its config.json"
+                " and eta: give ttt.chunk_size and ttt.eta, to an import or to a run, or write"
+                " ttt_chunk and ttt_lr into its config.json"
             )
             raise ConfigError([Fault(where, "no ttt_* keys", message)])
     values = Values(config, where)

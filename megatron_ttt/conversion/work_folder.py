@@ -46,7 +46,7 @@ class WorkFolder:
         self.path = final.with_name(final.name + PARTIAL)
         self.done: dict[str, dict[str, Any]] = {}
         if final.exists() and (not final.is_dir() or any(final.iterdir())):
-            raise ConfigError([Fault("destination", final, "exists and is not empty")])
+            raise ConfigError([Fault("output", final, "exists and is not empty")])
         digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
         with _in_words(self.path):
             if not self._continue(digest):
@@ -124,7 +124,7 @@ def writing(final: Path) -> Iterator[None]:
         with _in_words(final), held(lock, lambda line: print(line, file=sys.stderr)):
             yield
     except Occupied as error:
-        raise ConfigError([Fault("destination", final, str(error))]) from error
+        raise ConfigError([Fault("output", final, str(error))]) from error
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def _in_words(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         message = f"cannot be written: {error.strerror or error}"
-        raise ConfigError([Fault("destination", path, message)]) from error
+        raise ConfigError([Fault("output", path, message)]) from error
 
 
 def file_digest(path: Path) -> str:

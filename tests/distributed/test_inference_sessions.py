@@ -240,7 +240,7 @@ def test_the_tool_reads_imported_checkpoints(
 
     live_model(dtype=torch.float32, vocab_size=258).save_pretrained(tmp_path / "exported")
     exported, imported = str(tmp_path / "exported"), str(tmp_path / "imported")
-    assert convert_checkpoint.main(["import", exported, imported]) == 0
+    assert convert_checkpoint.main(["import", f"checkpoint={exported}", f"output={imported}"]) == 0
     capsys.readouterr()
     options = ["tokenizer=bytes", "max_new_tokens=20", "prompt=A long enough prompt"]
 

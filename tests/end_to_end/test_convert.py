@@ -82,6 +82,10 @@ def convert(capsys: pytest.CaptureFixture[str]) -> Convert:
     return run
 
 
+def places(checkpoint: Path, output: Path) -> tuple[str, str]:
+    return f"checkpoint={checkpoint}", f"output={output}"
+
+
 def scaled(folder: Path) -> None:
     """Random weights of a size at which the model is not chaotic."""
     tensors = {}
@@ -96,7 +100,7 @@ def scaled(folder: Path) -> None:
 def test_import_train_export(convert: Convert, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", LIVE, dtype=torch.float32)
     scaled(tmp_path / "hf")
-    imported = convert("import", tmp_path / "hf", tmp_path / "megatron", "--verify")
+    imported = convert("import", *places(tmp_path / "hf", tmp_path / "megatron"), "verify=true")
     assert imported.status == 0, imported.stderr
     assert f"checkpoint.load={tmp_path / 'megatron'}" in imported.stdout
 
@@ -116,8 +120,7 @@ def test_import_train_export(convert: Convert, tmp_path: Path) -> None:
         (line,) = other.text.splitlines()
         assert line.startswith("model.rope.base=10000.0: the checkpoint has rope_theta=1000000.0")
 
-    saved = tmp_path / "run0" / "checkpoints" / "step_00000002"
-    exported = convert("export", saved, tmp_path / "back", "--verify")
+    exported = convert("export", *places(tmp_path / "run0", tmp_path / "back"), "verify=true")
     assert exported.status == 0, exported.stderr
     stages = [line.split()[0] for line in exported.stdout.splitlines()]
     assert stages == ["embedding", "layer", "layer", "logits", "exported"]
@@ -191,7 +194,7 @@ def test_verification_names_the_first_layer_that_differs(tmp_path: Path) -> None
 
 def test_mistakes_take_one_line_and_exit_2(convert: Convert, tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", QWEN3)
-    words = ["import", str(tmp_path / "nothing"), str(tmp_path / "megatron")]
+    words = ["import", *places(tmp_path / "nothing", tmp_path / "megatron")]
     missing = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *words],
         capture_output=True,
@@ -200,13 +203,14 @@ def test_mistakes_take_one_line_and_exit_2(convert: Convert, tmp_path: Path) -> 
     )
     assert (missing.returncode, missing.stderr.count("\n")) == (2, 1), missing.stderr
     assert str(tmp_path / "nothing") in missing.stderr
-    differs = convert("import", tmp_path / "hf", tmp_path / "megatron", "--model", "qwen3_0_6b")
+    there = places(tmp_path / "hf", tmp_path / "megatron")
+    differs = convert("import", *there, "model=qwen3_0_6b")
     assert differs.status == 2
     lines = differs.stderr.splitlines()
     assert any(line.startswith("model.layers=28: the checkpoint has") for line in lines)
     assert any("num_attention_heads=4" in line for line in lines)
     assert not list(tmp_path.glob("megatron*"))
-    dry = convert("import", tmp_path / "hf", tmp_path / "megatron", "--dry-run")
+    dry = convert("import", *there, "dry_run=true")
     assert dry.status == 0, dry.stderr
     assert "decoder.layers.0.mlp.ttt_proj.weight" in dry.stdout
     assert "initialised from the seed" in dry.stdout

@@ -128,7 +128,7 @@ def test_earlier_spellings_work_and_are_named_in_one_line(
     assert keys.stop == [1, 2, 3] and keys.ttt.eta == 0.5
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: write checkpoint=folder prompt=a b prompt=c steps=7")
-    assert line.endswith("--eta --beyond --rest)") and "ttt.eta=0.5 beyond=true" in line
+    assert line.endswith("--eta, --beyond, --rest)") and "ttt.eta=0.5 beyond=true" in line
     Program().of("checkpoint=folder", "steps=7")
     assert capsys.readouterr().err == ""
 

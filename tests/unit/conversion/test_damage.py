@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))  # stands for a full disk
     try:
-        with pytest.raises(ConfigError, match=r"destination=.*cannot be written") as caught:
+        with pytest.raises(ConfigError, match=r"output=.*cannot be written") as caught:
             import_folder(tmp_path / "hf", tmp_path / "again")
         assert len(str(caught.value).splitlines()) == 1
         with pytest.raises(ConfigError, match="cannot be written"):

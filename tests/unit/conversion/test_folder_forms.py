@@ -201,9 +201,9 @@ def test_fast_weights_that_nothing_describes(tmp_path: Path) -> None:
     change_config(tmp_path / "hf", **{key: ... for key in LIVE if key.startswith("ttt_")})
     folder = HFFolder(tmp_path / "hf")
     for known in ({}, {"chunk_size": 16}, {"eta": 0.5}):
-        with pytest.raises(ConfigError, match=r"layers \[1\].*--ttt-chunk and --ttt-eta"):
+        with pytest.raises(ConfigError, match=r"layers \[1\].*ttt.chunk_size and ttt.eta"):
             described_ttt(folder, layers=None, **known)
-    with pytest.raises(ConfigError, match="--ttt-chunk"):
+    with pytest.raises(ConfigError, match=r"give ttt\.chunk_size"):
         view(tmp_path / "hf")
     target, ttt = described_ttt(folder, layers=None, chunk_size=16, eta=0.5)
     assert (target.layers, target.parameters) == ((1,), TARGET_PARAMETERS)

@@ -149,7 +149,7 @@ def test_more_positions_than_the_checkpoint_has_are_a_choice_with_a_notice() -> 
 def test_the_published_list_of_layers_ends_one_past_the_last(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf", {**QWEN3, "num_hidden_layers": 6})
     source = HFFolder(tmp_path / "hf")
-    with pytest.warns(UserWarning, match="--ttt-layers: 6 is left out: layers are 0 to 5"):
+    with pytest.warns(UserWarning, match="ttt.layers: 6 is left out: layers are 0 to 5"):
         target, ttt = described_ttt(source, layers=[0, 3, 6])
     assert target.layers == (0, 3) and ttt.layers == [0, 3]
     for wrong in ([0, 7], [6], [-1, 0]):

@@ -14,7 +14,7 @@ def test_a_destination_has_one_writer(tmp_path: Path) -> None:
     with writing(final):
         folder = WorkFolder(final, {"job": 1})
         folder.write_text("config.json", "{}")
-        taken = r"destination=.*exported: is being written by "
+        taken = r"output=.*exported: is being written by "
         with pytest.raises(ConfigError, match=taken), writing(final):
             pytest.fail("two writers")
         assert (folder.path / "config.json").exists()
@@ -25,7 +25,7 @@ def test_a_destination_has_one_writer(tmp_path: Path) -> None:
 def test_a_session_is_continued_by_one(tmp_path: Path) -> None:
     session = tmp_path / "talk.session"
     with session_held(session), session_held(tmp_path / "other.session"), session_held(None):
-        taken = r"--session .*talk.session: is being written by "
+        taken = r"session=.*talk.session: is being written by "
         with pytest.raises(Mistake, match=taken), session_held(session):
             pytest.fail("two writers")
     assert list(tmp_path.iterdir()) == []

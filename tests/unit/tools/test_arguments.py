@@ -13,8 +13,8 @@ NUMBERS = {
     "benchmark checkpoint": ["--hidden", "--layers", "--repeats"],
     "benchmark scan": ["--ranks", "--state-mb", "--repeats"],
     "benchmark decoding": ["--hidden", "--ffn", "--layers", "--chunk", "--batch", "--rounds"],
-    "convert_checkpoint import nowhere there": ["--seed", "--ttt-layers"],
-    "convert_checkpoint export nowhere there": ["--shard-gib"],
+    "convert_checkpoint import checkpoint=nowhere output=there": ["seed=", "ttt.layers="],
+    "convert_checkpoint export checkpoint=nowhere output=there": ["shard_gib="],
     "generate checkpoint=nowhere prompt=x": [
         "max_new_tokens=", "temperature=", "top_k=", "top_p=", "seed=", "stop_token=",
         "parallel.tp=", "ttt.eta=", "ttt.chunk_size=", "ttt.decay=",
@@ -69,8 +69,9 @@ def test_numbers(command: str, flag: str, capsys: pytest.CaptureFixture[str]) ->
 def test_missing_arguments(
     program: str, words: list[str], expected: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if program in ("plan", "benchmark") and words:
-        words = ["scan", *words]
+    command = {"plan": "scan", "benchmark": "scan", "convert_checkpoint": "import"}.get(program)
+    if command is not None and words:
+        words = [command, *words]
     assert status_of(program, words) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -94,10 +95,13 @@ def test_missing_arguments(
         ),
         ("preprocess_data nowhere output=there json_key=k", []),
         (
-            "convert_checkpoint import nowhere there --dry-run --verify",
-            ["--verify has no effect with --dry-run"],
+            "convert_checkpoint import checkpoint=nowhere output=there dry_run=true verify=true",
+            ["verify has no effect with dry_run=true"],
         ),
-        ("convert_checkpoint export nowhere there --verify --shard-gib 2", []),
+        (
+            "convert_checkpoint export checkpoint=nowhere output=there verify=true shard_gib=2",
+            [],
+        ),
     ],
 )
 def test_flags_without_effect_are_named(
