@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
+from megatron_ttt.checkpoints.run_files import checkpoint_folder
 from megatron_ttt.config.arguments import WHOLE, OneLineParser, tell
 from megatron_ttt.config.launcher import one_process
 from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
 from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
-from megatron_ttt.training.checkpoint_files import checkpoint_folder
 from megatron_ttt.training.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -77,9 +77,9 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokeni
     folder = destination.with_name(destination.name + EXPORTED)
     if folder.exists():  # somebody's own: neither written into nor removed at the end
         raise ValueError(f"{folder}: exists, and is needed for as long as this lasts")
+    from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
     from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
     from megatron_ttt.conversion.manifest import described_model, origin
-    from megatron_ttt.conversion.megatron_folder import MegatronFolder
     from megatron_ttt.inference.megatron_backend import model_tokenizer
 
     source = MegatronFolder(model)

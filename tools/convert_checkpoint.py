@@ -158,11 +158,11 @@ def run_export(keys: Export) -> int:
     """Export, or print what an export would do."""
     import torch
 
+    from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
+    from megatron_ttt.checkpoints.run_files import checkpoint_folder
     from megatron_ttt.conversion.exporting import HFView, export_checkpoint
     from megatron_ttt.conversion.exporting import Style as Written
     from megatron_ttt.conversion.manifest import described_model, origin
-    from megatron_ttt.conversion.megatron_folder import MegatronFolder
-    from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
     source = MegatronFolder(checkpoint_folder(keys.checkpoint))
     model, ttt = described_model(source)
@@ -256,9 +256,9 @@ def _verifier(
 
         quiet_libraries()
         import megatron_ttt.hf  # noqa: F401 (registers the classes with fast weights)
+        from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
         from megatron_ttt.config.schema import Config
         from megatron_ttt.conversion.hf_folder import HFFolder
-        from megatron_ttt.conversion.megatron_folder import MegatronFolder
         from megatron_ttt.conversion.verification import compare_models, verify
         from megatron_ttt.training.distributed import distributed
 

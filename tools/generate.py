@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import MISSING
 
+from megatron_ttt.checkpoints.run_files import checkpoint_folder
 from megatron_ttt.config.bounds import COUNT, INT32, RANKS, SEED, Bound
 from megatron_ttt.config.command import Command, run_command
 from megatron_ttt.config.effects import Condition
@@ -35,7 +36,6 @@ from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import Spelled, Tokenizer
 from megatron_ttt.locks import Occupied, acquire
-from megatron_ttt.training.checkpoint_files import checkpoint_folder
 
 if TYPE_CHECKING:
     from megatron_ttt.inference.backend import Backend

@@ -20,10 +20,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_ttt.checkpoints.manifest import read_manifest
+from megatron_ttt.checkpoints.progress import Progress
+from megatron_ttt.checkpoints.run_files import step_folder
 from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import Config
 from megatron_ttt.data.batches import Batch, make_batch
-from megatron_ttt.training.checkpoint_files import Progress, read_manifest, step_folder
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import distributed
 from megatron_ttt.training.loop import Trainer, build_trainer

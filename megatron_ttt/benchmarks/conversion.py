@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, row_blocks
 from megatron_ttt.config.schema import ModelConfig
 from megatron_ttt.conversion.exporting import SHARD_BYTES, Piece, shards_of, write_shard
 from megatron_ttt.conversion.hf_config import hf_from_model
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX
 from megatron_ttt.conversion.mapping import TargetGenerator, build_mapping
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, row_blocks
 
 GIB = 1 << 30
 

@@ -8,15 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, FORMAT, MegatronFolder, row_blocks
 from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.conversion.hf_folder import CONFIG, HFFolder
 from megatron_ttt.conversion.manifest import described_model
-from megatron_ttt.conversion.megatron_folder import (
-    BLOCK_BYTES,
-    FORMAT,
-    MegatronFolder,
-    row_blocks,
-)
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator
 

@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_ttt.checkpoints.json_files import read_json
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
+from megatron_ttt.checkpoints.work_folder import WorkFolder, writing
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_config import (
@@ -20,13 +23,11 @@ from megatron_ttt.conversion.hf_config import (
     hf_from_model,
     model_from_hf,
 )
-from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, WEIGHTS, companions, read_json
+from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, WEIGHTS, companions
 from megatron_ttt.conversion.importing import Report
 from megatron_ttt.conversion.mapping import Mapping, build_mapping
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.conversion.rules import Run
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, target_generator
-from megatron_ttt.conversion.work_folder import WorkFolder, writing
 from megatron_ttt.rule import CONV, KERNEL_SIZE
 
 SHARD_BYTES = 4 << 30

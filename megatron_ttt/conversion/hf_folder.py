@@ -4,17 +4,16 @@ Files are opened for each piece and closed after it, so that no more than the pi
 memory: a file kept open keeps every page that was ever read mapped.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_ttt.checkpoints.json_files import damaged, read_json
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.conversion.config_values import shown
 
@@ -175,31 +174,6 @@ def companions(path: Path) -> list[str]:
     """Tokenizer, template, generation and licence files of a folder, by their names in it."""
     found = [file for pattern in COMPANIONS for file in path.glob(pattern) if file.is_file()]
     return sorted({str(file.relative_to(path)) for file in found})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
-
-    Raises:
-        ConfigError: the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        message = f"{path.name} is missing"
-        raise ConfigError([Fault("checkpoint", path.parent, message)]) from None
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
-    except RecursionError:
-        raise ConfigError([Fault("checkpoint", path, "is nested too deeply")]) from None
-    if not isinstance(content, dict):
-        raise ConfigError([Fault("checkpoint", path, "holds no JSON object")])
-    return content
-
-
-def damaged(path: Path, error: Exception) -> ConfigError:
-    """An unreadable file as a user's error of one line."""
-    return ConfigError([Fault("checkpoint", path, f"is damaged or unreadable ({error})")])
 
 
 def damaged_weights(path: Path, error: Exception) -> ConfigError:

@@ -6,11 +6,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, CheckpointWriter
+from megatron_ttt.checkpoints.work_folder import WorkFolder, writing
 from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_folder import CONFIG, companions
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, CheckpointWriter
 from megatron_ttt.conversion.source import MegatronView
-from megatron_ttt.conversion.work_folder import WorkFolder, writing
 
 ORIGIN = "hf"  # folder inside the checkpoint: the source's config.json, tokenizer, generation files
 IMPORTED_FROM = "imported_from"  # a fact that only imported checkpoints have

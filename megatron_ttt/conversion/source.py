@@ -7,13 +7,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, row_blocks
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.initial_target import initial_target
 from megatron_ttt.conversion.mapping import Mapping, TargetGenerator, build_mapping
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, row_blocks
 from megatron_ttt.conversion.rules import TensorMap
 from megatron_ttt.conversion.ttt_config import target_generator, trained_layers, ttt_from_hf
 

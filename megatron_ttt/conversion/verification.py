@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.config.schema import (
     AttentionBackend,
     Config,
@@ -36,7 +37,6 @@ from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.conversion.failures import VerificationFailed
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.loading import checkpoint_key
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.conversion.plain_rows import plain_rows
 from megatron_ttt.conversion.transformers_side import TransformersSide
 from megatron_ttt.conversion.ttt_config import target_generator

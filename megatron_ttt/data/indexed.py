@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_ttt.data.tokenizers import TokenizerIdentity
+from megatron_ttt.files import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -192,9 +193,5 @@ class Sidecar:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write ``value`` so that ``path`` is either absent, the old content, or the new one, whole."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    with beside.open("w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
-        _sync(stream)
-    beside.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

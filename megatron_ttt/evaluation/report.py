@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from megatron_ttt.config.schema import TTTMode
+from megatron_ttt.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,19 +96,12 @@ def write_report(report: Report, folder: Path, *, name: str, about: dict[str, An
     folder.mkdir(parents=True, exist_ok=True)
     document = {**about, **report.values, "warnings": report.warnings}
     path = folder / f"{name}.json"
-    _replace(path, lambda beside: beside.write_text(json.dumps(document, indent=1) + "\n"))
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(document, indent=1) + "\n")
     files = [path]
     if report.draw is not None:
         figure, path = report.draw(), folder / f"{name}.png"
-        _replace(path, lambda beside: figure.savefig(beside, format="png", dpi=150))
+        with replacing(path) as beside:
+            figure.savefig(beside, format="png", dpi=150)
         files.append(path)
     return files
-
-
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

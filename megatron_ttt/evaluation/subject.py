@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
+from megatron_ttt.checkpoints.run_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import launched
@@ -33,7 +35,6 @@ from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.manifest import HF_SCHEME, described_model
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.ttt_config import ttt_from_hf
 from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
@@ -44,7 +45,6 @@ from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.model.initialize import Origin
 from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
-from megatron_ttt.training.checkpoint_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.training.distributed import Ranks, distributed
 
 

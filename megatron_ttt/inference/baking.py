@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, row_blocks
+from megatron_ttt.checkpoints.work_folder import WorkFolder, writing
 from megatron_ttt.conversion.exporting import Piece, shards_of, weights_index, write_shard
 from megatron_ttt.conversion.families import FAMILIES
 from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, HFFolder, companions
-from megatron_ttt.conversion.megatron_folder import BLOCK_BYTES, row_blocks
-from megatron_ttt.conversion.work_folder import WorkFolder, writing
 from megatron_ttt.hf.cache import FastWeightCache
 from megatron_ttt.hf.sessions import flush
 from megatron_ttt.inference.fast_weight_state import FastWeightState

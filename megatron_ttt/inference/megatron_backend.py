@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule
 from megatron_ttt.config.schema import (
@@ -23,7 +24,6 @@ from megatron_ttt.config.schema import (
 )
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.conversion.manifest import described_model, origin
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.data.tokenizers import ModelTokenizer, TokenizerIdentity
 from megatron_ttt.inference.backend import Turn, UnfitModel
 from megatron_ttt.inference.fast_weight_state import Unfinished

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_ttt.fast_weights.write_rules import TokenInputs
+from megatron_ttt.files import replacing
 from megatron_ttt.inference.fast_weight_state import FastWeightState
 from megatron_ttt.rule import UpdateRule, reads_hidden_apart, rule_identity
 
@@ -188,16 +187,11 @@ def save_state(
         "checksum": digest_tensors(whole.items()),
         "extra": dict(extra or {}),
     }
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(whole, beside, metadata={"megatron_ttt": json.dumps(description)})
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            save_file(whole, beside, metadata={"megatron_ttt": json.dumps(description)})
     except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            beside.unlink()
         raise StateFileError(f"{path}: cannot be written: {error}") from error
 
 

@@ -2,7 +2,7 @@
 
 Weights and optimizer state are saved as whole tensors in model space with Megatron's distributed
 checkpoints, so that a run resumes at other TP, PP, CP, DP and world sizes. How they get to disk
-is told in ``checkpoint_saver.py``, what lies there in ``checkpoint_files.py``.
+is told in ``checkpoint_saver.py``, what lies there in ``checkpoints/run_files.py``.
 """
 
 import hashlib
@@ -29,11 +29,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ttt.checkpoints import run_files as files
+from megatron_ttt.checkpoints.manifest import DamagedCheckpoint, check_files, read_manifest
+from megatron_ttt.checkpoints.progress import Progress
+from megatron_ttt.checkpoints.tensor_only import tensor_only
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import OptimizerForm
-from megatron_ttt.conversion.tensor_only import tensor_only
-from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint_files import DamagedCheckpoint, Progress
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.optimizer_state import (
     bucket_sizes,
@@ -175,10 +176,10 @@ def verified(folder: Path, ranks: Ranks) -> Found:
     Raises:
         DamagedCheckpoint: on every rank, naming the file.
     """
-    manifest = on_first_rank(ranks, lambda: files.read_manifest(folder))
+    manifest = on_first_rank(ranks, lambda: read_manifest(folder))
     damage = None
     try:
-        files.check_files(folder, manifest.files, part=ranks.rank, parts=ranks.world_size)
+        check_files(folder, manifest.files, part=ranks.rank, parts=ranks.world_size)
     except DamagedCheckpoint as error:
         damage = error
     complaint = agree(ranks, damage)

@@ -36,10 +36,11 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 )
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ttt.checkpoints import run_files as files
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.schema import OptimizerForm
-from megatron_ttt.training import checkpoint_files as files
+from megatron_ttt.files import sync_file
 from megatron_ttt.training.checkpoint import TrainingState, content, layout, sharded_state
-from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.optimizer_state import bucket_sizes, saves_by_bucket
 from megatron_ttt.training.resilience import agree, on_first_rank, reason
@@ -163,7 +164,7 @@ class CheckpointSaver:
         folder.mkdir()
         probe = folder / "probe"
         probe.write_bytes(bytes(1 << 16))
-        files.sync_file(probe)
+        sync_file(probe)
         probe.unlink()
         return folder
 

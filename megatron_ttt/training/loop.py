@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.derived import micro_batches, ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.run_directory import CONFIG_FILE, plain
@@ -27,18 +28,17 @@ from megatron_ttt.config.to_megatron import ddp_config, optimizer_config, transf
 from megatron_ttt.data.batches import DataStreams, build_data
 from megatron_ttt.data.fingerprint import fingerprint
 from megatron_ttt.data.sources import Source, open_source
+from megatron_ttt.files import sync_file
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import Origin
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import ScanSettings
 from megatron_ttt.training import resilience
 from megatron_ttt.training.checkpoint import TrainingState
-from megatron_ttt.training.checkpoint_files import sync_file
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, distributed
 from megatron_ttt.training.figures import PendingFigures, StepFigures, finite_grad_norm
 from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
-from megatron_ttt.training.progress import Progress
 from megatron_ttt.training.resilience import STOPPED, Displaced, StopRequest, on_first_rank
 from megatron_ttt.training.resume import start, weights_follow
 from megatron_ttt.training.run_folder import sole_writer

@@ -5,16 +5,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_ttt.checkpoints import run_files as files
+from megatron_ttt.checkpoints.manifest import MANIFEST
+from megatron_ttt.checkpoints.progress import BEGINNING, Progress
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import Config
 from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.manifest import HF_SCHEME, check_start
+from megatron_ttt.files import sync_file
 from megatron_ttt.training import checkpoint
-from megatron_ttt.training import checkpoint_files as files
 from megatron_ttt.training.changes import check_changes
 from megatron_ttt.training.checkpoint import Found, TrainingState
 from megatron_ttt.training.distributed import Ranks
-from megatron_ttt.training.progress import BEGINNING, Progress
 from megatron_ttt.training.resilience import agree, on_first_rank
 from megatron_ttt.training.schedule import fit_schedule
 
@@ -109,7 +111,7 @@ def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found
     if found.folder.parent.resolve() != root.resolve():  # its metrics are elsewhere
         return replace(found, progress=replace(found.progress, metrics_bytes=0))
     metrics = folder / "metrics.jsonl"
-    present = on_first_rank(ranks, lambda: files.sync_file(metrics))
+    present = on_first_rank(ranks, lambda: sync_file(metrics))
     if present < found.progress.metrics_bytes:
         raise _fault(
             "run.dir",
@@ -193,7 +195,7 @@ def _load_weights(
     folder = Path(place)
 
     def known_files() -> list[bool]:
-        return [(folder / name).is_file() for name in (files.MANIFEST, "metadata.json")]
+        return [(folder / name).is_file() for name in (MANIFEST, "metadata.json")]
 
     has_manifest, is_megatron = on_first_rank(ranks, known_files)
     if not is_megatron:
@@ -206,7 +208,7 @@ def _load_weights(
         checkpoint.load_weights(folder, state, ranks=ranks)
     except (checkpoint.DamagedCheckpoint, checkpoint.UnfitCheckpoint) as error:
         raise _fault("checkpoint.load", place, error) from error
-    unchecked = "" if has_manifest else f" (unchecked: it has no {files.MANIFEST})"
+    unchecked = "" if has_manifest else f" (unchecked: it has no {MANIFEST})"
     report(f"weights from {place}{unchecked}")
 
 

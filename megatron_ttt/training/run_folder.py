@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_ttt.checkpoints import run_files as files
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.run_directory import CONFIG_FILE
 from megatron_ttt.config.schema import Config
 from megatron_ttt.locks import Lock, Occupied, acquire
-from megatron_ttt.training import checkpoint_files as files
 from megatron_ttt.training.distributed import Ranks
 from megatron_ttt.training.resilience import on_first_rank, reason
 

@@ -3,9 +3,9 @@
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_ttt.checkpoints.progress import BEGINNING, Progress
 from megatron_ttt.config.derived import decay_steps, warmup_steps
 from megatron_ttt.config.schema import Config
-from megatron_ttt.training.progress import BEGINNING, Progress
 
 
 def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.schema import AttentionBackend, Config, OptimizerForm
 from megatron_ttt.conversion.mapping import build_mapping
 from megatron_ttt.conversion.ttt_config import target_generator
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training import checkpoint
-from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import Trainer, build_trainer

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ttt.checkpoints import run_files as files
+from megatron_ttt.checkpoints.manifest import read_manifest
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import Config, OptimizerForm
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training import checkpoint
-from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint_files import Progress, read_manifest
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.loop import Trainer, build_trainer

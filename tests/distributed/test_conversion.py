@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.schema import TTTConfig
 from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.importing import import_checkpoint
 from megatron_ttt.conversion.manifest import described_model, origin
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator
 from tests.distributed.conversion_cases import (

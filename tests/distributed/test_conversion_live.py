@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.schema import Config
 from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
 from megatron_ttt.conversion.importing import plain
 from megatron_ttt.conversion.manifest import described_model
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.parallel.cpu import megatron_on_cpu
-from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer

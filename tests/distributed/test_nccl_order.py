@@ -19,12 +19,12 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed import ProcessGroup
 
+from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.schema import CheckpointConfig, Config, Recompute, Toggle, ValidationConfig
 from megatron_ttt.data.batches import Batch, DataStreams
 from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
 from megatron_ttt.scan_words import SequenceOrder
 from megatron_ttt.training import checkpoint_saver, loop
-from megatron_ttt.training.checkpoint_files import Progress
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, SaveFailed, SaveMode
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.figures import PendingFigures

@@ -18,10 +18,12 @@ from unittest import mock
 import pytest
 from megatron.core.distributed import param_and_grad_buffer
 
+from megatron_ttt.checkpoints.manifest import read_manifest
+from megatron_ttt.checkpoints.progress import Progress
+from megatron_ttt.checkpoints.run_files import step_folder
 from megatron_ttt.config.schema import Config, Recompute, TTTMode
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import Normalize, TargetSource
-from megatron_ttt.training.checkpoint_files import Progress, read_manifest, step_folder
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveMode
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.loop import build_trainer

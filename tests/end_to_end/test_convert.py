@@ -134,11 +134,11 @@ def test_import_train_export(convert: Convert, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_verification_names_the_first_layer_that_differs(tmp_path: Path) -> None:
+    from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
     from megatron_ttt.config.schema import Config
     from megatron_ttt.conversion.failures import VerificationFailed
     from megatron_ttt.conversion.hf_folder import HFFolder
     from megatron_ttt.conversion.manifest import described_model
-    from megatron_ttt.conversion.megatron_folder import MegatronFolder
     from megatron_ttt.conversion.ttt_config import ttt_from_hf
     from megatron_ttt.conversion.verification import Comparison, compare_models, verify
     from megatron_ttt.training.distributed import distributed

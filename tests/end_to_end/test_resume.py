@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ttt.training.checkpoint_files import complete_folders, read_manifest
+from megatron_ttt.checkpoints.manifest import read_manifest
+from megatron_ttt.checkpoints.run_files import complete_folders
 from megatron_ttt.training.resilience import STOPPED
 from tests.end_to_end.lives import STEPS, TINY, Run, every_sample_once
 

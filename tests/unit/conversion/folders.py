@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
 from megatron_ttt.conversion.hf_config import model_from_hf
@@ -15,7 +16,6 @@ from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.importing import import_checkpoint
 from megatron_ttt.conversion.manifest import described_model, origin
 from megatron_ttt.conversion.mapping import build_mapping
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator, ttt_from_hf
 

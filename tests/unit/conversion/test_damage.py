@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ttt.checkpoints import work_folder
+from megatron_ttt.checkpoints.megatron_folder import CheckpointWriter
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.conversion import work_folder
-from megatron_ttt.conversion.megatron_folder import CheckpointWriter
 from tests.unit.conversion.folders import (
     QWEN3,
     assert_equal_tensors,

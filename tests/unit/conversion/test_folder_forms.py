@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import TTTConfig
 from megatron_ttt.conversion.exporting import Style
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.manifest import described_model
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.conversion.source import MegatronView, described_ttt
 from megatron_ttt.rule import TARGET_PARAMETERS, Clip, ClipMode, Normalize
 from tests.unit.conversion.folders import (

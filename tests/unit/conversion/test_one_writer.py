@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ttt.checkpoints.work_folder import WorkFolder, writing
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.conversion.work_folder import WorkFolder, writing
 from tools.generate import Mistake, session_held
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ttt.checkpoints.manifest import check_files, read_manifest
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import OptimizerForm, TTTConfig
 from megatron_ttt.conversion.difference import differences
 from megatron_ttt.conversion.exporting import Style
 from megatron_ttt.conversion.importing import CONTENT
-from megatron_ttt.conversion.megatron_folder import MegatronFolder
 from megatron_ttt.training.checkpoint import content
-from megatron_ttt.training.checkpoint_files import check_files, read_manifest
 from tests.unit.conversion.folders import (
     QWEN3,
     assert_equal_tensors,

@@ -99,7 +99,10 @@ def test_jsonl(
 
 @settings(max_examples=80, deadline=None)
 @given(
-    texts=st.lists(TEXTS.map(lambda text: text.replace("\n", "").rstrip("\r")), max_size=12),
+    # without NULs: in a short file they say UTF-16, which is refused by name
+    texts=st.lists(
+        TEXTS.map(lambda text: text.replace("\n", "").replace("\0", "").rstrip("\r")), max_size=12
+    ),
     end=st.sampled_from([b"\n", b"\r\n"]),
     marked=st.booleans(),
     shard_bytes=st.integers(1, 60),

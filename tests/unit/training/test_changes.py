@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ttt.checkpoints.progress import BEGINNING
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.load import to_yaml
 from megatron_ttt.config.run_directory import CONFIG_FILE, plain, run_directory_faults
@@ -15,7 +16,6 @@ from megatron_ttt.data.fingerprint import fingerprint
 from megatron_ttt.data.sources import open_source
 from megatron_ttt.training.changes import check_changes
 from megatron_ttt.training.checkpoint import Found
-from megatron_ttt.training.progress import BEGINNING
 from tests.unit.config.compose import configured
 from tests.unit.data.helpers import write_dataset
 

@@ -12,15 +12,16 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.files import FileRecord, show_folder
 from megatron_ttt.locks import Occupied, held
 
 PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
-_READ_BYTES = 1 << 22
 
 
 class WorkFolder:
@@ -57,10 +58,8 @@ class WorkFolder:
 
     def finish(self, name: str, **notes: Any) -> None:
         """Record a file as complete: synced, measured, checksummed."""
-        path = self.path / name
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        entry = {"file": name, "bytes": path.stat().st_size, "sha256": file_digest(path), **notes}
+        record = FileRecord.of(self.path / name, sync=True)
+        entry = {"file": name, **asdict(record), **notes}
         self._note(entry)
         self.done[name] = entry
 
@@ -79,11 +78,9 @@ class WorkFolder:
     def publish(self) -> None:
         """Make the destination visible."""
         (self.path / JOURNAL).unlink()
-        _sync_folder(self.path)
         if self.final.exists():
             self.final.rmdir()
-        self.path.rename(self.final)
-        _sync_folder(self.final.parent)
+        show_folder(self.path, self.final)
 
     def _continue(self, digest: str) -> bool:
         try:
@@ -134,20 +131,3 @@ def _in_words(path: Path) -> Iterator[None]:
     except OSError as error:
         message = f"cannot be written: {error.strerror or error}"
         raise ConfigError([Fault("output", path, message)]) from error
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

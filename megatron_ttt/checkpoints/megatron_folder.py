@@ -6,7 +6,6 @@ blocks, so that neither side ever holds more than one block, and a rank that loa
 little more than that.
 """
 
-import hashlib
 import io
 import json
 import math
@@ -29,29 +28,24 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_ttt.checkpoints.json_files import damaged, read_json
+from megatron_ttt.checkpoints.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    Manifest,
+    parse_manifest,
+)
+from megatron_ttt.checkpoints.progress import BEGINNING
+from megatron_ttt.checkpoints.run_files import LATEST
+from megatron_ttt.checkpoints.tensor_only import tensor_only
+from megatron_ttt.checkpoints.work_folder import WorkFolder
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.conversion.hf_folder import damaged, read_json
-from megatron_ttt.conversion.tensor_only import tensor_only
-from megatron_ttt.conversion.work_folder import WorkFolder, file_digest
+from megatron_ttt.files import FileRecord
 
 BLOCK_BYTES = 64 << 20
 METADATA = ".metadata"
-MANIFEST = "manifest.json"
 FORMAT = "metadata.json"
 COMMON = "common.pt"
-LATEST = "latest"  # beside a run's checkpoints: names the newest
-
-
-def _object(content: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
-    """An object inside a manifest; empty where it is absent.
-
-    Raises:
-        ConfigError: something else is there.
-    """
-    value = content.get(key, {})
-    if not isinstance(value, dict):
-        raise ConfigError([Fault("checkpoint", path, f"is damaged: {key} is not an object")])
-    return value
 
 
 def row_blocks(shape: Sequence[int], dtype: torch.dtype, limit: int) -> Iterator[tuple[int, int]]:
@@ -124,17 +118,11 @@ class CheckpointWriter:
         backends = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         backends |= {"common_backend": "torch", "common_backend_version": 1}
         self.folder.write_text(FORMAT, json.dumps(backends))
-        progress = dict.fromkeys(
-            ("step", "consumed_samples", "consumed_tokens", "metrics_bytes"), 0
-        )
         files = {
-            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            name: FileRecord(entry["bytes"], entry["sha256"])
             for name, entry in sorted(self.folder.done.items())
         }
-        manifest: dict[str, Any] = {"progress": progress, "facts": facts, "files": files}
-        text = json.dumps(manifest, sort_keys=True)
-        manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
-        self.folder.write_text(MANIFEST, json.dumps(manifest, indent=1))
+        self.folder.write_text(MANIFEST, Manifest(BEGINNING, facts, files).text())
 
 
 @dataclass(frozen=True)
@@ -184,14 +172,13 @@ class MegatronFolder:
         if backend != "torch_dist":
             raise ConfigError([Fault("checkpoint", path, f"is of the format {backend}")])
         self.facts: dict[str, Any] = {}
-        self._unchecked: dict[str, str] = {}  # checksums of files that nobody has read yet
+        self._unchecked: dict[str, FileRecord] = {}  # of files that nobody has read yet
         if (path / MANIFEST).exists():
-            manifest = read_json(path / MANIFEST)
-            self.facts = _object(manifest, "facts", path / MANIFEST)
-            files = _object(manifest, "files", path / MANIFEST)
-            self._unchecked = {
-                name: _object(files, name, path / MANIFEST).get("sha256", "") for name in files
-            }
+            try:
+                manifest = parse_manifest(path)
+            except DamagedCheckpoint as error:
+                raise ConfigError([Fault("checkpoint", path, str(error))]) from error
+            self.facts, self._unchecked = manifest.facts, dict(manifest.files)
         self.tensors = self._read_metadata()
         self._cached: tuple[Block, Tensor] | None = None
 
@@ -245,7 +232,7 @@ class MegatronFolder:
     def _check(self, file: str) -> None:
         """Compare a file with its checksum, when it is first read."""
         expected = self._unchecked.pop(file, None)
-        if expected is not None and file_digest(self.path / file) != expected:
+        if expected is not None and FileRecord.of(self.path / file) != expected:
             raise ValueError("it does not match its checksum")
 
     def _read_metadata(self) -> dict[str, SavedTensor]:

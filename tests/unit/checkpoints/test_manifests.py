@@ -10,8 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint_files import DamagedCheckpoint, Manifest, Progress
+from megatron_ttt.checkpoints.manifest import (
+    MANIFEST,
+    DamagedCheckpoint,
+    Manifest,
+    check_files,
+    read_manifest,
+)
+from megatron_ttt.checkpoints.progress import Progress
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -48,10 +54,10 @@ def signed(document: Any) -> str:
 
 
 def read(folder: Path, text: str) -> Manifest | None:
-    (folder / files.MANIFEST).write_text(text)
+    (folder / MANIFEST).write_text(text)
     try:
-        manifest = files.read_manifest(folder)
-        files.check_files(folder, manifest.files)
+        manifest = read_manifest(folder)
+        check_files(folder, manifest.files)
     except DamagedCheckpoint as error:
         assert "\n" not in str(error) and str(folder) in str(error)
         return None

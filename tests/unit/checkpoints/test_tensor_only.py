@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
-from megatron_ttt.conversion.tensor_only import UntrustedContent, tensor_only
+from megatron_ttt.checkpoints.tensor_only import UntrustedContent, tensor_only
 
 
 class Creates:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ttt.training import checkpoint_files as files
-from megatron_ttt.training.checkpoint_files import DamagedCheckpoint, Progress
+from megatron_ttt.checkpoints import run_files as files
+from megatron_ttt.checkpoints.manifest import DamagedCheckpoint, check_files, read_manifest
+from megatron_ttt.checkpoints.progress import Progress
 
 CONTENT = {"__0_0.distcp": b"weights" * 100, "__1_0.distcp": b"moments" * 50, ".metadata": b"index"}
 
@@ -27,8 +28,8 @@ def save(root: Path, step: int) -> Path:
 
 
 def verify(folder: Path) -> Progress:
-    manifest = files.read_manifest(folder)
-    files.check_files(folder, manifest.files)
+    manifest = read_manifest(folder)
+    check_files(folder, manifest.files)
     return manifest.progress
 
 
@@ -42,7 +43,7 @@ def test_what_is_published_is_what_was_written(tmp_path: Path) -> None:
     folder = save(tmp_path / "checkpoints", 7)
     assert folder == tmp_path / "checkpoints" / "step_00000007"
     assert verify(folder) == Progress(7, 28, 3584, 700)
-    manifest = files.read_manifest(folder)
+    manifest = read_manifest(folder)
     assert manifest.facts == {"layout": {"tp": 2}, "rate": 0.1}
     assert manifest.files.keys() == CONTENT.keys()
     assert {path.name for path in folder.iterdir()} == {*CONTENT, "manifest.json"}
@@ -100,13 +101,13 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], object], messa
 
 def test_shares_of_the_check_cover_every_file(tmp_path: Path) -> None:
     folder = save(tmp_path, 3)
-    records = files.read_manifest(folder).files
+    records = read_manifest(folder).files
     for name in records:
         flip(folder / name, 2)
         finders = []
         for part in range(2):
             try:
-                files.check_files(folder, records, part=part, parts=2)
+                check_files(folder, records, part=part, parts=2)
             except DamagedCheckpoint:
                 finders.append(part)
         assert len(finders) == 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ttt.training.progress import BEGINNING, Progress
+from megatron_ttt.checkpoints.progress import BEGINNING, Progress
 
 BATCHES = st.lists(st.integers(1, 9), max_size=30)
 
