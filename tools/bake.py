@@ -1,28 +1,30 @@
 #!/usr/bin/env python3
 """Folds a text into the weights of a plain checkpoint, which any engine serves.
 
-python tools/bake.py exported/ baked/ --read book.txt
-python tools/bake.py exported/ baked/ --read book.txt ttt.decay=0.9
-python tools/bake.py exported/ baked/ --memory book.memory --probe questions.txt
-python tools/bake.py outputs/demo baked/ --read book.txt
+python tools/bake.py checkpoint=exported output=baked read=book.txt
+python tools/bake.py checkpoint=exported output=baked read=book.txt ttt.decay=0.9
+python tools/bake.py checkpoint=exported output=baked memory=book.memory probe=questions.txt
+python tools/bake.py checkpoint=outputs/demo output=baked read=book.txt
 """
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from omegaconf import MISSING
 from rich.console import Console
 
 from megatron_ttt.checkpoints.run_files import checkpoint_folder
-from megatron_ttt.config.arguments import WHOLE, OneLineParser, tell
-from megatron_ttt.config.launcher import one_process
-from megatron_ttt.config.reading import RULE_KEYS, ReadingRule, set_rule_key
+from megatron_ttt.config.bounds import COUNT
+from megatron_ttt.config.command import Command, run_command
+from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.reading import ReadingMode, ReadingRule, rule_faults
 from megatron_ttt.config.schema import Bos
 from megatron_ttt.data.inputs import read_text
 from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
@@ -31,31 +33,37 @@ from megatron_ttt.training.quiet import quiet_libraries
 if TYPE_CHECKING:
     from megatron_ttt.inference.baking import BakeReport, Distance
 
-EXPORTED = ".exported"  # beside the destination, while a Megatron checkpoint is baked
+EXPORTED = ".exported"  # beside the output, while a Megatron checkpoint is baked
 
 
-def parser() -> OneLineParser:
-    made = OneLineParser(
-        prog="bake.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = made.add_argument
-    add("model", type=Path, help="an exported model, a Megatron checkpoint, or a run")
-    add("destination", type=Path, help="folder of the plain checkpoint; must not exist")
-    keys = ", ".join(f"{key}=..." for key in RULE_KEYS)
-    add("overrides", nargs="*", metavar="KEY=VALUE", help=f"another update rule: {keys}")
-    add("--read", type=Path, metavar="FILE", help="the text")
-    add("--memory", type=Path, metavar="FILE", help="start from a saved memory")
-    add("--probe", type=Path, metavar="FILE", help="compared on (default: the text's end)")
-    add("--probe-tokens", type=WHOLE, default=256, metavar="N", help="of it (default: 256)")
-    add("--tokenizer", metavar="NAME", help="bytes, a folder or a name (default: the model's)")
-    add(
-        "--bos",
-        choices=[choice.value for choice in Bos],
-        help="before a text (default: as trained)",
-    )
-    add("--beyond-positions", choices=["refuse", "allow"], default="refuse")
-    add("--device", metavar="NAME", help="default: a GPU if there is one")
-    return made
+@dataclass
+class Keys:
+    """Read a text and fold the fast weights into W0.
+
+    Attributes:
+        checkpoint: an exported model, a Megatron checkpoint, or a run
+        output: folder of the plain checkpoint; must not exist
+        read: file with the text
+        memory: file; start from its fast weights
+        probe: file that is compared on; null: the text's end
+        probe_tokens: tokens of it
+        tokenizer: bytes, a folder or a name; null: the model's
+        bos: before a text: model, add or none; null: as in training
+        beyond_positions: read more tokens than the model has positions
+        device: null: a GPU if there is one
+    """
+
+    checkpoint: Path = MISSING
+    output: Path = MISSING
+    read: Path | None = None
+    memory: Path | None = None
+    probe: Path | None = None
+    probe_tokens: int = 256
+    tokenizer: str | None = None
+    bos: Bos | None = None
+    beyond_positions: bool = False
+    device: str | None = None
+    ttt: ReadingRule = field(default_factory=ReadingRule)
 
 
 @contextmanager
@@ -108,39 +116,27 @@ def tokens_of(path: Path, tokenizer: Tokenizer) -> list[int]:
     return tokens
 
 
-def rule_of(words: list[str]) -> ReadingRule:
-    """
-    Raises:
-        ValueError: a key or value that means nothing here; one line.
-    """
-    rule = ReadingRule()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in RULE_KEYS:
-            raise ValueError(f"{word}: valid are {', '.join(RULE_KEYS)}")
-        set_rule_key(rule, key, value)
-    return rule
-
-
-def check(options: argparse.Namespace) -> None:
-    """What needs no model.
+def check(keys: Keys) -> None:
+    """Raise for what can be refused without a model.
 
     Raises:
         ValueError: in one line.
     """
-    one_process("a model is baked")
-    if options.read is None and options.memory is None:
-        raise ValueError("there is nothing to fold: give --read or --memory")
-    if options.read is None and options.probe is None:
-        raise ValueError("--memory alone: give --probe, a text to compare on")
-    if options.probe_tokens < 1:
-        raise ValueError(f"--probe-tokens {options.probe_tokens}: must be at least 1")
-    if options.destination.exists():
-        raise ValueError(f"{options.destination}: exists")
+    if faults := list(rule_faults(keys.ttt)):
+        raise ConfigError(faults)
+    if keys.ttt.mode is ReadingMode.off:
+        raise ConfigError([Fault("ttt.mode", keys.ttt.mode, "leaves nothing to fold")])
+    if keys.read is None and keys.memory is None:
+        raise ValueError("there is nothing to fold: give read= or memory=")
+    if keys.read is None and keys.probe is None:
+        raise ValueError("memory alone: give probe=, a text to compare on")
+    if keys.output.exists():
+        raise ConfigError([Fault("output", keys.output, "exists")])
 
 
-def run(options: argparse.Namespace, folder: Path, known: ModelTokenizer | None) -> "BakeReport":
-    """
+def baked(keys: Keys, folder: Path, known: ModelTokenizer | None) -> "BakeReport":
+    """Read and fold.
+
     Raises:
         ValueError: in one line.
     """
@@ -149,30 +145,29 @@ def run(options: argparse.Namespace, folder: Path, known: ModelTokenizer | None)
     from megatron_ttt.inference.baking import bake
     from megatron_ttt.inference.transformers_backend import TransformersBackend
 
-    device = torch.device(options.device) if options.device else None
-    backend = TransformersBackend(folder, device=device, rule=rule_of(options.overrides))
+    device = torch.device(keys.device) if keys.device else None
+    backend = TransformersBackend(folder, device=device, rule=keys.ttt)
     if not backend.fast_weights:
-        raise ValueError(f"{options.model}: has no fast weights to fold")
-    bos = None if options.bos is None else Bos(options.bos)
-    tokenizer = (known or backend.tokenizer).open(options.tokenizer, bos=bos)
+        raise ValueError(f"{keys.checkpoint}: has no fast weights to fold")
+    tokenizer = (known or backend.tokenizer).open(keys.tokenizer, bos=keys.bos)
     if tokenizer is None:
-        raise ValueError(f"{options.model}: has no tokenizer: give --tokenizer")
+        raise ValueError(f"{keys.checkpoint}: has no tokenizer: give tokenizer=")
     start = list(tokenizer.start)
-    text = [] if options.read is None else tokens_of(options.read, tokenizer)
+    text = [] if keys.read is None else tokens_of(keys.read, tokenizer)
     tokens = start + text if text else []
-    probe = text if options.probe is None else tokens_of(options.probe, tokenizer)
-    count = max(1, options.probe_tokens - len(start))
-    probe = start + (probe[-count:] if options.probe is None else probe[:count])
+    probe = text if keys.probe is None else tokens_of(keys.probe, tokenizer)
+    count = max(1, keys.probe_tokens - len(start))
+    probe = start + (probe[-count:] if keys.probe is None else probe[:count])
     longest = max(len(tokens), len(probe))
-    if options.beyond_positions == "refuse" and longest > backend.max_positions:
+    if not keys.beyond_positions and longest > backend.max_positions:
         raise ValueError(
             f"{longest} tokens, but the model has {backend.max_positions} positions "
-            "(--beyond-positions=allow reads on regardless)"
+            "(beyond_positions=true reads on regardless)"
         )
     largest = max([*tokens, *probe])
     if largest >= backend.vocab_size:
         raise ValueError(f"the tokenizer gives id {largest}, the model has {backend.vocab_size}")
-    return bake(backend, folder, options.destination, tokens, probe, memory=options.memory)
+    return bake(backend, folder, keys.output, tokens, probe, memory=keys.memory)
 
 
 def show(report: "BakeReport", destination: Path) -> None:
@@ -192,19 +187,26 @@ def show(report: "BakeReport", destination: Path) -> None:
     Console().print(f"wrote {destination}", highlight=False, soft_wrap=True)
 
 
-def main(arguments: list[str]) -> int:
-    """The exit status: 0, or 2 for a mistake, which takes one line."""
-    options = parser().parse_intermixed_args(arguments)
-    options.model = checkpoint_folder(options.model)
+def run(keys: Keys) -> int:
+    """Bake and print."""
+    checkpoint = checkpoint_folder(keys.checkpoint)
     quiet_libraries()
-    try:
-        check(options)
-        with exported(options.model, options.destination) as (folder, tokenizer):
-            report = run(options, folder, tokenizer)
-    except ValueError as error:
-        return tell(error, mark_faults="error: ")
-    show(report, options.destination)
+    check(keys)
+    with exported(checkpoint, keys.output) as (folder, tokenizer):
+        report = baked(keys, folder, tokenizer)
+    show(report, keys.output)
     return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Return the exit status: 0, or 2 for a mistake, which takes one line."""
+    old = {"--beyond-positions=allow": "beyond_positions=true"}
+    old |= {"--beyond-positions=refuse": "beyond_positions=false"}
+    places = ("checkpoint", "output")
+    bounds = {"probe_tokens": COUNT}
+    alone = "a model is baked"
+    command = Command(Keys, run, bounds=bounds, old=old, old_places=places, alone=alone)
+    return run_command(arguments, command, __doc__)
 
 
 if __name__ == "__main__":

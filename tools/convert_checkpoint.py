@@ -28,10 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_ttt.config.bounds import COUNT, INT32, SEED, Bound
-from megatron_ttt.config.command import Command, run_command, tell
+from megatron_ttt.config.command import Command, run_command
 from megatron_ttt.config.effects import Condition
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.launcher import one_process
 from megatron_ttt.conversion.failures import VerificationFailed
 
 if TYPE_CHECKING:
@@ -319,7 +318,7 @@ def _progress(total: int) -> Iterator["Report"]:
 
 
 _WRITES = (Condition("dry_run", lambda keys: not keys.dry_run),)
-_PLACES = ("checkpoint", "output")
+_PLACES, _ALONE = ("checkpoint", "output"), "checkpoints are converted"
 COMMANDS: dict[str, Command[Any]] = {
     "import": Command(
         Import,
@@ -337,6 +336,7 @@ COMMANDS: dict[str, Command[Any]] = {
             "--ttt-eta": "ttt.eta",
         },
         old_places=_PLACES,
+        alone=_ALONE,
     ),
     "export": Command(
         Export,
@@ -344,8 +344,9 @@ COMMANDS: dict[str, Command[Any]] = {
         bounds={"shard_gib": Bound(0, 1e6, open=True)},
         effects={"verify": _WRITES, "shard_gib": _WRITES, "tokenizer": _WRITES},
         old_places=_PLACES,
+        alone=_ALONE,
     ),
-    "diff": Command(Diff, run_diff, files="folders"),
+    "diff": Command(Diff, run_diff, files="folders", alone=_ALONE),
 }
 
 
@@ -355,10 +356,7 @@ def main(argv: list[str]) -> int:
         f"warning: {message}", file=sys.stderr
     )
     try:
-        one_process("checkpoints are converted")
         return run_command(argv, COMMANDS, __doc__)
-    except ConfigError as error:
-        return tell(error)
     except VerificationFailed as error:
         print(f"verification failed: {error}", file=sys.stderr)
         return 1

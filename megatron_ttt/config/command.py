@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from megatron_ttt.config.bounds import Bound, bound_faults, flat_values, text_complaint
 from megatron_ttt.config.effects import ALWAYS, Effects
 from megatron_ttt.config.faults import ConfigError, Fault, show, suggest
-from megatron_ttt.config.launcher import LaunchError, launched
+from megatron_ttt.config.launcher import LaunchError, launched, one_process
 from megatron_ttt.config.load import Root, config_of, tell_idle_keys
 from megatron_ttt.config.overrides import check_overrides, parsed_value, strip_optional
 
@@ -45,6 +45,7 @@ class Command(Generic[Keys]):
         old: earlier spellings: ``{"--flag": "key"}``, or whole words,
             ``{"--flag=value": "key=value"}``; ``--some-key`` of ``some_key`` needs no entry.
         old_places: the keys that words without ``=`` were for, in order.
+        alone: the beginning of the sentence that refuses several processes; empty: they may be.
     """
 
     keys: type[Keys]
@@ -55,6 +56,7 @@ class Command(Generic[Keys]):
     passes: str | None = None
     old: Mapping[str, str] = field(default_factory=dict)
     old_places: Sequence[str] = ()
+    alone: str = ""
 
     def read(self, words: Sequence[str]) -> Keys:
         """Return the checked keys of a command line in today's spelling.
@@ -213,6 +215,8 @@ def run_command(
         if wants_help:
             print("\n".join(_help(command, about)))
             return 0
+        if command.alone:
+            one_process(command.alone)
         is_first = launched().is_first
         words, warning = command.modern(words)
         keys = command.read(words)

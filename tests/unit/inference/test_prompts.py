@@ -114,10 +114,10 @@ def test_a_baked_text_is_read_from_its_beginning(
     path = tmp_path / "book.txt"
     path.write_text(PROMPT)
     whole = ids(folder, PROMPT)
-    words = [folder, str(tmp_path / "out"), "--read", str(path), "--probe-tokens", "5"]
+    words = [f"checkpoint={folder}", f"output={tmp_path / 'out'}", f"read={path}", "probe_tokens=5"]
     assert bake.main(words) == 2 and found == [whole, [2, *whole[-4:]]]
-    assert bake.main([*words, "--bos=none"]) == 2 and found == [whole[1:], whole[-5:]]
-    assert bake.main([*words, "--probe", str(path)]) == 2 and found == [whole, whole[:5]]
+    assert bake.main([*words, "bos=none"]) == 2 and found == [whole[1:], whole[-5:]]
+    assert bake.main([*words, f"probe={path}"]) == 2 and found == [whole, whole[:5]]
 
 
 def test_a_checkpoint_tells_its_tokenizer(folder: str, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ NUMBERS = {
         "max_new_tokens=", "temperature=", "top_k=", "top_p=", "seed=", "stop_token=",
         "parallel.tp=", "ttt.eta=", "ttt.chunk_size=", "ttt.decay=",
     ],
-    "bake nowhere there --read x": ["--probe-tokens", "ttt.eta=", "ttt.clip.bound="],
+    "bake checkpoint=nowhere output=there read=x": ["probe_tokens=", "ttt.eta=", "ttt.clip.bound="],
     "preprocess_data nowhere output=there": [
         "eod_id=", "pad_id=", "align=", "workers=", "shard_bytes=",
     ],
