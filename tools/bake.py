@@ -88,7 +88,7 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokeni
     from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
     from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
     from megatron_ttt.conversion.manifest import described_model, origin
-    from megatron_ttt.inference.megatron_backend import model_tokenizer
+    from megatron_ttt.conversion.opened import open_checkpoint
 
     source = MegatronFolder(model)
     try:
@@ -99,7 +99,7 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokeni
             style=Style.package,
             report=lambda name, size: None,
         )
-        yield folder, model_tokenizer(source)
+        yield folder, open_checkpoint(model).tokenizer()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -11,7 +11,18 @@ from typing import Any
 
 from megatron_ttt.config.bounds import RULE_BOUNDS
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import TTTConfig, TTTMode
+from megatron_ttt.config.schema import (
+    AttentionBackend,
+    Config,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    Toggle,
+    TrainConfig,
+    TTTConfig,
+    TTTMode,
+)
 from megatron_ttt.rule import Clip, ClipMode
 
 
@@ -131,3 +142,31 @@ def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
         if complaint is not None:  # nan is of no size
             said = complaint.replace("must be at least", "must be a number of at least")
             yield Fault(key, value, said if value != value else complaint)
+
+
+def reading_config(
+    model: ModelConfig,
+    ttt: TTTConfig,
+    *,
+    train: TrainConfig,
+    data: DataConfig | None = None,
+    parallel: ParallelConfig | None = None,
+) -> Config:
+    """What Megatron and the layouts of rows are configured from where nothing is trained.
+
+    Reading needs attention on any device (torch's) and no sequence parallelism.
+
+    Args:
+        model, ttt: the checkpoint's; the rule may be a changed one.
+        train: ``seq_length`` (tokens of the longest row), precision, seed.
+        data: what a document boundary does.
+        parallel: the ranks that read.
+    """
+    return Config(
+        run=RunConfig(name=model.name, dir="unused", resume="never"),
+        model=replace(model, attention=AttentionBackend.torch),
+        ttt=ttt,
+        data=data or DataConfig(path="unused"),
+        parallel=replace(parallel or ParallelConfig(), sequence_parallel=Toggle.off),
+        train=train,
+    )

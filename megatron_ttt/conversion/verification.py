@@ -20,15 +20,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
+from megatron_ttt.config.reading import reading_config
 from megatron_ttt.config.schema import (
-    AttentionBackend,
-    Config,
     DataConfig,
     ModelConfig,
     Precision,
-    RunConfig,
-    TokenizerConfig,
-    TokenizerKind,
     TrainConfig,
     TTTConfig,
     TTTMode,
@@ -163,17 +159,11 @@ class _MegatronLayers:
         return outputs[0].transpose(0, 1)
 
     def _build(self, fast: bool) -> Any:
-        one_layer = replace(
-            self.model, layers=1, vocab_size=_UNUSED, attention=AttentionBackend.torch
-        )
         mode = TTTMode.in_place if fast else TTTMode.off
-        config = Config(
-            run=RunConfig(name="verification", dir="unused"),
-            model=one_layer,
-            ttt=replace(self.ttt, mode=mode, layers=[0] if fast else None, chunk_size=CHUNK),
-            data=DataConfig(
-                tokenizer=TokenizerConfig(kind=TokenizerKind.bytes), reset_attention=False
-            ),
+        config = reading_config(
+            replace(self.model, layers=1, vocab_size=_UNUSED),
+            replace(self.ttt, mode=mode, layers=[0] if fast else None, chunk_size=CHUNK),
+            data=DataConfig(path="unused", reset_attention=False),
             train=TrainConfig(seq_length=LENGTH, micro_batch_size=ROWS, precision=Precision.fp32),
         )
         transformer = transformer_config(config, device_is_cuda=False)

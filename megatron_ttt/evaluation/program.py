@@ -15,13 +15,12 @@ from rich.console import Console
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.launcher import launched
 from megatron_ttt.conversion.manifest import HF_SCHEME
+from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
 from megatron_ttt.evaluation.report import Report, print_report, write_report
 from megatron_ttt.evaluation.schema import EvaluationConfig, evaluation_faults
 from megatron_ttt.evaluation.subject import (
-    Source,
     Subject,
     check_reading,
-    find_source,
     open_subject,
 )
 from megatron_ttt.evaluation.tasks import TASKS
@@ -53,7 +52,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
     Raises:
         ConfigError: see :func:`evaluate`.
     """
-    source = find_source(checkpoint)
+    source = open_checkpoint(checkpoint)
     task = TASKS[config.task.name]
     settings = task.settings_of(config, config.task.name)
     lengths = task.lengths(source, settings)
@@ -83,7 +82,7 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
     return report
 
 
-def output_folder(source: Source, config: EvaluationConfig) -> Path:
+def output_folder(source: Checkpoint, config: EvaluationConfig) -> Path:
     """``output`` (below it one folder a checkpoint, if ``checkpoint`` is a pattern).
 
     Without it ``evaluation`` in the run's folder, or a folder of the checkpoint's name.
@@ -113,7 +112,7 @@ def _checkpoints(pattern: str) -> list[str]:
     return found
 
 
-def _about(source: Source, subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
+def _about(source: Checkpoint, subject: Subject, config: EvaluationConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     rule = OmegaConf.to_container(OmegaConf.structured(subject.config.ttt), enum_to_str=True)
     return {

@@ -2,109 +2,37 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
-from megatron_ttt.checkpoints.run_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import launched
-from megatron_ttt.config.reading import fitting_rule, modes
+from megatron_ttt.config.reading import fitting_rule, modes, reading_config
 from megatron_ttt.config.schema import (
-    AttentionBackend,
     Bos,
     Config,
     DataConfig,
-    ModelConfig,
     ParallelConfig,
-    RunConfig,
-    Toggle,
     TrainConfig,
-    TTTConfig,
     TTTMode,
 )
-from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.config.validate import validate
-from megatron_ttt.conversion.hf_config import model_from_hf
-from megatron_ttt.conversion.hf_folder import HFFolder
-from megatron_ttt.conversion.loading import load_hf_weights
-from megatron_ttt.conversion.manifest import HF_SCHEME, described_model
-from megatron_ttt.conversion.ttt_config import ttt_from_hf
-from megatron_ttt.data.tokenizers import ModelTokenizer, Tokenizer
+from megatron_ttt.conversion.opened import Checkpoint
+from megatron_ttt.data.tokenizers import Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
 from megatron_ttt.evaluation.task import Reading
-from megatron_ttt.inference.megatron_backend import model_tokenizer
+from megatron_ttt.inference.loaded import loaded
 from megatron_ttt.inference.model_session import ModelSession
-from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
-from megatron_ttt.model.initialize import Origin
-from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
-from megatron_ttt.training.distributed import Ranks, distributed
+from megatron_ttt.training.distributed import Ranks
 
 
-@dataclass(frozen=True)
-class Source:
-    """A checkpoint as it lies on disk.
-
-    Attributes:
-        path: the folder with the weights.
-        name: for headings and the default output folder.
-        run: the folder of the run that wrote it, if one did.
-        megatron: the opened Megatron folder; ``None`` for a Hugging Face folder.
-        model, ttt: what it says it is.
-        trained: ``data.*`` and ``train.*`` of the run that wrote it, as plain containers; empty
-            where nothing is known.
-    """
-
-    path: Path
-    name: str
-    run: Path | None
-    megatron: MegatronFolder | None
-    model: ModelConfig
-    ttt: TTTConfig
-    trained: dict[str, dict]
-
-
-def find_source(checkpoint: str) -> Source:
-    """What ``checkpoint=`` names: a run, a checkpoint folder, or ``hf:`` and a folder.
-
-    Raises:
-        ConfigError: there is none, or it does not say what it is.
-    """
-    if checkpoint.startswith(HF_SCHEME):
-        path = Path(checkpoint.removeprefix(HF_SCHEME))
-        opened = HFFolder(path)
-        model = model_from_hf(opened.config, name=path.name, where=str(path))
-        ttt = ttt_from_hf(
-            opened.config, layers=model.layers, where=str(path), tensors=opened.tensors
-        )
-        return Source(
-            path=path,
-            name=path.name,
-            run=None,
-            megatron=None,
-            model=model,
-            ttt=TTTConfig(mode=TTTMode.off) if ttt is None else ttt,
-            trained={},
-        )
-    path = checkpoint_folder(Path(checkpoint))
-    folder = MegatronFolder(path)
-    model, ttt = described_model(folder)
-    trained = folder.facts.get("config", {})
-    parent = path.resolve().parent
-    run = parent.parent if parent.name == CHECKPOINTS else None
-    name = path.name if run is None else run.name
-    return Source(path, name, run, folder, model, ttt, trained)
-
-
-def reading_config(
-    source: Source, config: EvaluationConfig, *, length: int, world_size: int
+def evaluation_reading(
+    source: Checkpoint, config: EvaluationConfig, *, length: int, world_size: int
 ) -> Config:
     """The configuration under which a checkpoint is evaluated.
 
@@ -117,25 +45,22 @@ def reading_config(
     Raises:
         ConfigError: a changed rule that does not fit the checkpoint.
     """
-    model = replace(source.model, attention=AttentionBackend.torch)
-    known = source.trained.get("data", {})
+    known, ranks = source.trained.get("data", {}), config.parallel
     flags = ("reset_attention", "reset_positions", "reset_fast_weights", "mask_document_end")
-    return Config(
-        run=RunConfig(name=source.name, dir="unused", resume="never"),
-        model=model,
-        ttt=fitting_rule(source.ttt, config.ttt),
+    return reading_config(
+        source.model,
+        fitting_rule(source.ttt, config.ttt),
         data=DataConfig(path="unused", **{flag: known[flag] for flag in flags if flag in known}),
         parallel=ParallelConfig(
-            tp=config.parallel.tp,
-            cp=config.parallel.cp,
-            cp_order=config.parallel.cp_order,
-            scan=config.parallel.scan,
-            timeout_s=config.parallel.timeout_s,
-            sequence_parallel=Toggle.off,
+            tp=ranks.tp,
+            cp=ranks.cp,
+            cp_order=ranks.cp_order,
+            scan=ranks.scan,
+            timeout_s=ranks.timeout_s,
         ),
         train=TrainConfig(
             seq_length=length,
-            global_batch_size=max(1, world_size // (config.parallel.tp * config.parallel.cp)),
+            global_batch_size=max(1, world_size // (ranks.tp * ranks.cp)),
             precision=config.precision,
             seed=config.seed,
         ),
@@ -143,7 +68,7 @@ def reading_config(
 
 
 def check_reading(
-    source: Source,
+    source: Checkpoint,
     config: EvaluationConfig,
     *,
     reading: Reading,
@@ -164,7 +89,7 @@ def check_reading(
     Raises:
         ConfigError: one fault per mistake.
     """
-    checked = reading_config(source, config, length=length, world_size=world_size)
+    checked = evaluation_reading(source, config, length=length, world_size=world_size)
     if length > source.model.max_positions and not config.beyond_positions:
         message = (
             f"{source.name} has {source.model.max_positions} positions;"
@@ -196,7 +121,7 @@ class Subject:
         seed: of everything that is drawn.
     """
 
-    source: Source
+    source: Checkpoint
     config: Config
     ranks: Ranks
     model: InPlaceTTTModel
@@ -228,7 +153,7 @@ class Subject:
 
 
 @contextmanager
-def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> Iterator[Subject]:
+def open_subject(source: Checkpoint, config: EvaluationConfig, *, length: int) -> Iterator[Subject]:
     """Load the weights on every rank of the job.
 
     Args:
@@ -239,23 +164,9 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
     Raises:
         ConfigError: the folder cannot be loaded, or its tokenizer cannot.
     """
-    reading = reading_config(source, config, length=length, world_size=launched().world_size)
+    reading = evaluation_reading(source, config, length=length, world_size=launched().world_size)
     tokenizer = _tokenizer(source, config.data.tokenizer, config.data.bos)
-    # Advice about overlapping the reduction of gradients; reading has none.
-    warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    with distributed(reading) as ranks:
-        transformer = transformer_config(reading, device_is_cuda=ranks.device.type == "cuda")
-        model = (
-            build_model(reading, transformer, ranks.groups, Origin.LOADED).to(ranks.device).eval()
-        )
-        if source.megatron is None:
-            tp = ranks.groups.tp
-            load_hf_weights(source.path, model, reading, tp_rank=tp.rank(), tp_size=tp.size())
-        else:
-            try:
-                load_model(source.path, model, ranks=ranks)
-            except UnfitCheckpoint as error:
-                raise ConfigError([Fault("checkpoint", source.path, str(error))]) from error
+    with loaded(source, reading) as (model, ranks):
         yield Subject(
             source=source,
             config=reading,
@@ -267,12 +178,8 @@ def open_subject(source: Source, config: EvaluationConfig, *, length: int) -> It
         )
 
 
-def _tokenizer(source: Source, wanted: str | None, bos: Bos | None) -> Tokenizer | None:
-    if source.megatron is not None:
-        known = model_tokenizer(source.megatron)
-    else:
-        has_tokenizer = (source.path / "tokenizer.json").is_file()
-        known = ModelTokenizer(str(source.path) if has_tokenizer else None)
+def _tokenizer(source: Checkpoint, wanted: str | None, bos: Bos | None) -> Tokenizer | None:
+    known = source.tokenizer()
     try:
         return known.open(wanted, bos=bos)
     except ValueError as error:

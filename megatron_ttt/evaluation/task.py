@@ -12,9 +12,10 @@ from megatron_ttt.config.effects import Condition
 from megatron_ttt.config.faults import ConfigError, Fault
 
 if TYPE_CHECKING:
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.report import Report
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
 
 Settings = TypeVar("Settings")
 
@@ -59,7 +60,7 @@ class Task(Generic[Settings]):
     settings: type[Settings]
     reading: Reading
     text: Text
-    lengths: Callable[[Source, Settings], Mapping[str, list[int]]]
+    lengths: Callable[[Checkpoint, Settings], Mapping[str, list[int]]]
     run: Callable[[Subject, Settings, EvaluationConfig], Report]
     bounds: Mapping[str, Bound]
     effects: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
@@ -71,7 +72,7 @@ class Task(Generic[Settings]):
         return found
 
 
-def row_length(source: Source, length: int | None, *, key: str) -> int:
+def row_length(source: Checkpoint, length: int | None, *, key: str) -> int:
     """Return ``length``, or the row length of the run that wrote the checkpoint.
 
     Raises:

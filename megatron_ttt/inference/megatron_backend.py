@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule
+from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule, reading_config
 from megatron_ttt.config.schema import (
-    AttentionBackend,
     Config,
-    DataConfig,
     ParallelConfig,
-    RunConfig,
-    Toggle,
     TrainConfig,
     TTTMode,
 )
-from megatron_ttt.config.to_megatron import transformer_config
-from megatron_ttt.conversion.manifest import described_model, origin
-from megatron_ttt.data.tokenizers import ModelTokenizer, TokenizerIdentity
+from megatron_ttt.conversion.opened import open_checkpoint
+from megatron_ttt.data.tokenizers import ModelTokenizer
 from megatron_ttt.inference.backend import Turn, UnfitModel
 from megatron_ttt.inference.fast_weight_state import Unfinished
+from megatron_ttt.inference.loaded import loaded
 from megatron_ttt.inference.model_session import ModelSession
 from megatron_ttt.inference.state_files import (
     Identity,
@@ -40,43 +34,8 @@ from megatron_ttt.inference.state_files import (
     save_state,
     unpack_states,
 )
-from megatron_ttt.model.build import build_model
 from megatron_ttt.model.gpt import InPlaceTTTModel
-from megatron_ttt.model.initialize import Origin
-from megatron_ttt.training.checkpoint import UnfitCheckpoint, load_model
-from megatron_ttt.training.distributed import Ranks, distributed
-
-
-def reading_config(folder: MegatronFolder, *, tp: int, cp: int) -> Config:
-    """The configuration that reads a checkpoint: its model, our torch attention, no SP or PP.
-
-    Raises:
-        ConfigError: the folder does not say which model it holds.
-    """
-    model, ttt = described_model(folder)
-    model.attention = AttentionBackend.torch
-    return Config(
-        run=RunConfig(name=model.name, dir="unused", resume="never"),
-        model=model,
-        ttt=ttt,
-        data=DataConfig(),
-        parallel=ParallelConfig(tp=tp, cp=cp, sequence_parallel=Toggle.off),
-        train=TrainConfig(seq_length=model.max_positions),
-    )
-
-
-def model_tokenizer(folder: MegatronFolder) -> ModelTokenizer:
-    """What a checkpoint says about its tokenizer: its run's, or the one it was imported with."""
-    recorded = folder.facts.get("data", {}).get("tokenizer")
-    trained = None if recorded is None else TokenizerIdentity.from_dict(recorded)
-    named = folder.facts.get("config", {}).get("data", {}).get("tokenizer", {})
-    if named.get("kind") == "bytes":
-        return ModelTokenizer("bytes", trained)
-    found = origin(folder)
-    name = named.get("name") if found is None else str(found)
-    if name is None and trained is not None:
-        name = trained.name if trained.name is not None else trained.kind
-    return ModelTokenizer(name, trained)
+from megatron_ttt.training.distributed import Ranks
 
 
 @contextmanager
@@ -101,24 +60,19 @@ def megatron_backend(
         UnfitModel: the folder cannot be loaded, or the rule does not fit what it holds.
     """
     rule = rule or ReadingRule()
-    try:
-        folder = MegatronFolder(path)
-        config = reading_config(folder, tp=tp, cp=cp)
-        config.ttt = fitting_rule(config.ttt, rule)
-        tokenizer = model_tokenizer(folder)
-    except ConfigError as error:
-        raise UnfitModel(str(error).splitlines()[0]) from error
-    # Advice about overlapping the reduction of gradients; reading has none.
-    warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    with distributed(config) as ranks:
-        transformer = transformer_config(config, device_is_cuda=ranks.device.type == "cuda")
-        model = (
-            build_model(config, transformer, ranks.groups, Origin.LOADED).to(ranks.device).eval()
-        )
+    with ExitStack() as stack:
         try:
-            load_model(path, model, ranks=ranks)
-        except UnfitCheckpoint as error:
-            raise UnfitModel(str(error)) from error
+            checkpoint = open_checkpoint(path)
+            config = reading_config(
+                checkpoint.model,
+                fitting_rule(checkpoint.ttt, rule),
+                train=TrainConfig(seq_length=checkpoint.model.max_positions),
+                parallel=ParallelConfig(tp=tp, cp=cp),
+            )
+            tokenizer = checkpoint.tokenizer()
+            model, ranks = stack.enter_context(loaded(checkpoint, config))
+        except ConfigError as error:
+            raise UnfitModel(str(error).splitlines()[0]) from error
         reads = fast_weights and rule.mode is not ReadingMode.off
         mode = config.ttt.mode if reads else TTTMode.off
         yield MegatronBackend(model, config, ranks, mode=mode, tokenizer=tokenizer)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
+from megatron_ttt.conversion.opened import Checkpoint
 from megatron_ttt.evaluation import losses as measured
 from megatron_ttt.evaluation.documents import TextRows
 from megatron_ttt.evaluation.losses import measure_losses
-from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.inference.model_session import LogitsOf
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import TargetSource
@@ -47,7 +48,7 @@ def losses_of(rank: int, ranks: int, config: Config) -> dict[str, Tensor]:
     with megatron_on_cpu(), model_parallel(config) as here:
         trainer = build_trainer(config, here)
         redraw(trainer, live_draw)
-        source = Source(Path("none"), "tiny", None, None, config.model, config.ttt, {})
+        source = Checkpoint(Path("none"), "tiny", None, None, config.model, config.ttt, {})
         modes = [TTTMode.in_place, TTTMode.off]
         subject = Subject(source, config, here, trainer.stage.eval(), modes, None, seed=1)
         found = {}

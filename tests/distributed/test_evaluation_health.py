@@ -19,12 +19,13 @@ from torch import Tensor
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
 from megatron_ttt.config.to_megatron import transformer_config
+from megatron_ttt.conversion.opened import Checkpoint
 from megatron_ttt.data.rows import Batch
 from megatron_ttt.evaluation.health_advice import PARTS, Health
 from megatron_ttt.evaluation.health_figures import measure_health
 from megatron_ttt.evaluation.health_probe import entering_states
 from megatron_ttt.evaluation.report import print_report, write_report
-from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.evaluation.tasks import health
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
 from megatron_ttt.model.build import build_model
@@ -71,7 +72,7 @@ def subject_of(config: Config) -> Iterator[Subject]:
             tp_size=groups.tp.size(),
             draw=live_draw,
         )
-        source = Source(Path("none"), "tiny", None, None, config.model, config.ttt, {})
+        source = Checkpoint(Path("none"), "tiny", None, None, config.model, config.ttt, {})
         modes = [TTTMode.in_place, TTTMode.off]
         yield Subject(source, config, ranks, model.eval(), modes, None, seed=1)
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import Config, Toggle, TTTMode
+from megatron_ttt.conversion.opened import Checkpoint
 from megatron_ttt.data.tokenizers import load_tokenizer
 from megatron_ttt.evaluation.asking import Answered, Item, ask
 from megatron_ttt.evaluation.documents import TextRows
@@ -19,7 +20,7 @@ from megatron_ttt.evaluation.losses import measure_losses
 from megatron_ttt.evaluation.ruler.haystack import Haystack
 from megatron_ttt.evaluation.ruler.sample import RulerTask, make_sample, sample_rng
 from megatron_ttt.evaluation.schema import EvaluationConfig
-from megatron_ttt.evaluation.subject import Source, Subject
+from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.evaluation.tasks import needles, ruler
 from megatron_ttt.inference.generation import generate
 from megatron_ttt.inference.sampling import Sampler, Sampling
@@ -52,7 +53,7 @@ def config_of(*, vocabulary: int = VOCABULARY, **layout: int) -> Config:
 def live_subject(config: Config, here: Ranks) -> Subject:
     trainer = build_trainer(config, here)
     redraw(trainer, live_draw)
-    source = Source(Path("none"), "tiny", None, None, config.model, config.ttt, {})
+    source = Checkpoint(Path("none"), "tiny", None, None, config.model, config.ttt, {})
     model = trainer.stage.eval()
     return Subject(source, config, here, model, MODES, load_tokenizer("bytes"), seed=SEED)
 

@@ -25,8 +25,9 @@ from megatron_ttt.rule import UpdateRule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
 
 
 @dataclass
@@ -36,7 +37,7 @@ class HealthConfig:
     positions: int = 8  # places along the row that are reported
 
 
-def row_lengths(source: Source, settings: HealthConfig) -> dict[str, list[int]]:
+def row_lengths(source: Checkpoint, settings: HealthConfig) -> dict[str, list[int]]:
     return {"health.length": [row_length(source, settings.length, key="health.length")]}
 
 

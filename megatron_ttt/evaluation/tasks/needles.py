@@ -17,9 +17,10 @@ from megatron_ttt.evaluation.tasks._asked import BOUNDS, AskedConfig, Cells, ask
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.asking import Answered, Item
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
 
 
 @dataclass
@@ -45,7 +46,7 @@ def items_of(settings: NeedlesConfig) -> list[Item]:
     ]
 
 
-def row_lengths(source: Source, settings: NeedlesConfig) -> dict[str, list[int]]:
+def row_lengths(source: Checkpoint, settings: NeedlesConfig) -> dict[str, list[int]]:
     return {"needles.lengths": settings.lengths}
 
 

@@ -23,9 +23,10 @@ from megatron_ttt.evaluation.task import Reading, Task, Text, row_length
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.losses import Losses
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
 
 _CONTEXTS = 4  # context lengths that are compared where perplexity.contexts is null
 
@@ -51,7 +52,7 @@ class Lengths:
     scored: int
 
 
-def resolve_lengths(source: Source, settings: PerplexityConfig) -> Lengths:
+def resolve_lengths(source: Checkpoint, settings: PerplexityConfig) -> Lengths:
     """Return the lengths of an evaluation; null follows the run that wrote the checkpoint.
 
     Raises:
@@ -72,7 +73,7 @@ def resolve_lengths(source: Source, settings: PerplexityConfig) -> Lengths:
     return Lengths(row, tuple(sorted(set(contexts))), scored)
 
 
-def row_lengths(source: Source, settings: PerplexityConfig) -> dict[str, list[int]]:
+def row_lengths(source: Checkpoint, settings: PerplexityConfig) -> dict[str, list[int]]:
     """Return the tokens of the rows, and of the contexts cut from them."""
     lengths = resolve_lengths(source, settings)
     return {"perplexity.length": [lengths.row], "perplexity.contexts": list(lengths.contexts)}

@@ -19,9 +19,10 @@ from megatron_ttt.evaluation.tasks._asked import BOUNDS, AskedConfig, Cells, ask
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.asking import Item
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
 
 
 @dataclass
@@ -41,7 +42,7 @@ def items_of(settings: RulerConfig) -> list[Item]:
     ]
 
 
-def row_lengths(source: Source, settings: RulerConfig) -> dict[str, list[int]]:
+def row_lengths(source: Checkpoint, settings: RulerConfig) -> dict[str, list[int]]:
     return {"ruler.lengths": settings.lengths}
 
 

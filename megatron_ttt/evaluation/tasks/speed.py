@@ -22,8 +22,9 @@ from megatron_ttt.evaluation.task import Reading, Task, Text
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.schema import EvaluationConfig
-    from megatron_ttt.evaluation.subject import Source, Subject
+    from megatron_ttt.evaluation.subject import Subject
     from megatron_ttt.inference.model_session import ModelSession
 
 
@@ -60,7 +61,7 @@ class Measured:
     timings: dict[TTTMode, Timing]
 
 
-def row_lengths(source: Source, settings: SpeedConfig) -> dict[str, list[int]]:
+def row_lengths(source: Checkpoint, settings: SpeedConfig) -> dict[str, list[int]]:
     """Return the tokens of each prompt with the new ones."""
     return {"speed.lengths": [length + settings.new_tokens for length in settings.lengths]}
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer
 
 from megatron_ttt.config.schema import Bos
+from megatron_ttt.conversion.opened import recorded_tokenizer
 from megatron_ttt.data.tokenizers import HuggingFaceTokenizer
 from megatron_ttt.inference import generation
-from megatron_ttt.inference.megatron_backend import model_tokenizer
 from tests.unit.data.helpers import save_tokenizer, store_truncation
 from tests.unit.hf.models import live_model
 from tools import bake
@@ -126,7 +126,7 @@ def test_a_checkpoint_tells_its_tokenizer(folder: str, tmp_path: Path) -> None:
     def told(data: dict[str, Any] | None, **named: Any) -> tuple[str | None, tuple[int, ...]]:
         config = {"data": {"tokenizer": named}}
         facts = {"config": config} if data is None else {"config": config, "data": data}
-        known = model_tokenizer(SimpleNamespace(facts=facts, path=tmp_path))  # type: ignore[arg-type]
+        known = recorded_tokenizer(SimpleNamespace(facts=facts, path=tmp_path))  # type: ignore[arg-type]
         opened = known.open(None)
         return known.name, () if opened is None else (opened.eod, *opened.start)
 
