@@ -198,15 +198,22 @@ def run(keys: Keys) -> int:
     return 0
 
 
+COMMAND = Command(
+    Keys,
+    run,
+    bounds={"probe_tokens": COUNT},
+    old={
+        "--beyond-positions=allow": "beyond_positions=true",
+        "--beyond-positions=refuse": "beyond_positions=false",
+    },
+    old_places=("checkpoint", "output"),
+    alone="a model is baked",
+)
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, or 2 for a mistake, which takes one line."""
-    old = {"--beyond-positions=allow": "beyond_positions=true"}
-    old |= {"--beyond-positions=refuse": "beyond_positions=false"}
-    places = ("checkpoint", "output")
-    bounds = {"probe_tokens": COUNT}
-    alone = "a model is baked"
-    command = Command(Keys, run, bounds=bounds, old=old, old_places=places, alone=alone)
-    return run_command(arguments, command, __doc__)
+    return run_command(arguments, COMMAND, __doc__)
 
 
 if __name__ == "__main__":

@@ -1,259 +1,300 @@
 #!/usr/bin/env python3
 """Measures what the project claims about speed and memory.
 
-python tools/benchmark.py fast-weight-layer --chunk 64 --part mlp
-python tools/benchmark.py fast-weight-layer --hidden 2560 --ffn 9728 --tokens 65536 --dtype bf16 \
-    --device cuda --json layer.json
-python tools/benchmark.py scan --ranks 8 --write-constants constants.json
-torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan --state-mb 200
-python tools/benchmark.py decoding --batch 1 4
-python tools/benchmark.py checkpoint --hidden 1024 --layers 12 --folder /scratch
+python tools/benchmark.py fast-weight-layer chunk=64 part=mlp
+python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \
+    device=cuda output=layer.json
+python tools/benchmark.py scan ranks=8 write_constants=constants.json
+torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200
+python tools/benchmark.py decoding batch=[1,4]
+python tools/benchmark.py checkpoint hidden=1024 layers=12 folder=/scratch
 python tools/benchmark.py counted-step data.reset_attention=false
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.console import Console
 
-from megatron_ttt.config.arguments import WHOLE, OneLineParser, bounded, tell
 from megatron_ttt.config.bounds import COUNT, Bound
+from megatron_ttt.config.command import Command, run_command
+from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.scan_words import SequenceOrder
+
+# Torch takes seconds to import: --help and mistakes in the arguments do without it, so every
+# command imports its benchmark when it runs.
 
 
-def add_fast_weight_layer(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """A fast-weight layer against the materialising formulation and a dense one."""
-    parser = commands.add_parser(
-        "fast-weight-layer", help="forward and backward of one layer, time and memory"
-    )
-    add = parser.add_argument
-    add("--hidden", type=WHOLE, default=512)
-    add("--ffn", type=WHOLE, default=1536)
-    add("--tokens", type=WHOLE, default=8192)
-    add("--chunk", type=WHOLE, default=256, help="tokens of a chunk (default: 256)")
-    add("--part", default="projection", help="projection (default), or mlp: the whole layer")
-    add("--dtype", default="fp32", help="fp32 (default), bf16 or fp64")
-    add("--device", default="cpu", help="cpu (default) or cuda")
-    add("--repeats", type=WHOLE, default=5, help="measured rounds (default: 5)")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_fast_weight_layer)
+@dataclass
+class Measured:
+    """Keys of every benchmark.
+
+    Attributes:
+        output: JSON file for every number
+    """
+
+    output: Path | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Return the keys of what is measured."""
+        return {name: value for name, value in vars(self).items() if name != "output"}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write every number to ``output``, if it is given."""
+        if self.output is not None:
+            self.output.write_text(json.dumps(record, indent=2) + "\n")
+
+    def check(self) -> None:
+        """Raise where ``output`` cannot be written, before anything is measured.
+
+        Raises:
+            ConfigError: its folder does not exist.
+        """
+        if self.output is not None and not self.output.parent.is_dir():
+            raise ConfigError([Fault("output", self.output, "there is no such folder")])
 
 
-def run_fast_weight_layer(arguments: argparse.Namespace) -> int:
-    """Measures and prints; 1 if the variants disagree."""
-    # torch takes seconds to import: --help and mistakes in the arguments do without it
+@dataclass
+class Layer(Measured):
+    """Measure forward and backward of one layer: ours, the materialising one and a dense one.
+
+    Attributes:
+        chunk: tokens of a chunk
+        part: projection, or mlp, the whole layer
+        dtype: fp32, bf16 or fp64
+        device: cpu or cuda
+        repeats: measured rounds
+    """
+
+    hidden: int = 512
+    ffn: int = 1536
+    tokens: int = 8192
+    chunk: int = 256
+    part: str = "projection"
+    dtype: str = "fp32"
+    device: str = "cpu"
+    repeats: int = 5
+
+
+def run_layer(keys: Layer) -> int:
+    """Measure and print; 1 if the variants disagree."""
     from megatron_ttt.benchmarks import fast_weight_layer as benchmark
 
-    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json")}
-    problem = benchmark.LayerProblem(**options)
-    if arguments.json and not arguments.json.parent.is_dir():
-        raise ValueError(f"there is no folder {arguments.json.parent} for {arguments.json.name}")
+    problem = benchmark.LayerProblem(**keys.options())
     try:
         measurements, difference = benchmark.measure(problem)
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error)
     benchmark.report(problem, measurements, difference, Console())
-    if arguments.json:
-        record = benchmark.as_record(problem, measurements, difference)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    keys.write(benchmark.as_record(problem, measurements, difference))
     return 0
 
 
-def add_checkpoint(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """What saving costs the step, asynchronously and synchronously."""
-    parser = commands.add_parser("checkpoint", help="how long a step waits for a checkpoint")
-    add = parser.add_argument
-    add("--hidden", type=WHOLE, default=512)
-    add("--layers", type=WHOLE, default=8)
-    add("--repeats", type=WHOLE, default=3, help="saves in each mode (default: 3)")
-    add("--folder", type=Path, help="on the file system to measure (default: a temporary one)")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_checkpoint)
+@dataclass
+class Checkpoint(Measured):
+    """Measure how long a step waits for a checkpoint, saved in the background and not.
+
+    Attributes:
+        repeats: saves in each mode
+        folder: on the file system to measure; null: a temporary one
+    """
+
+    hidden: int = 512
+    layers: int = 8
+    repeats: int = 3
+    folder: Path | None = None
 
 
-def run_checkpoint(arguments: argparse.Namespace) -> int:
-    """Measures and prints; 1 if a checkpoint cannot be saved."""
+def run_checkpoint(keys: Checkpoint) -> int:
+    """Measure and print; 1 if a checkpoint cannot be saved."""
     from megatron_ttt.training.quiet import quiet_libraries
 
     quiet_libraries()
     from megatron_ttt.benchmarks import checkpoint as benchmark
     from megatron_ttt.training.checkpoint_saver import SaveFailed
 
-    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json")}
-    problem = benchmark.SaveProblem(**options)
+    problem = benchmark.SaveProblem(**keys.options())
     try:
         report = benchmark.measure(problem)
     except SaveFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error)
     benchmark.show(problem, report, Console())
-    if arguments.json:
-        arguments.json.write_text(json.dumps(benchmark.as_record(problem, report), indent=2) + "\n")
+    keys.write(benchmark.as_record(problem, report))
     return 0
 
 
-def add_conversion(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """A synthetic checkpoint of real shapes to Megatron and back."""
-    parser = commands.add_parser(
-        "conversion", help="a random checkpoint of real shapes, both ways, time and peak memory"
-    )
-    add = parser.add_argument
-    add("--model", default="qwen3_4b", help="of configs/model (default: qwen3_4b)")
-    add(
-        "--folder",
-        type=Path,
-        default=Path("outputs/benchmark_conversion"),
-        help="for three times the checkpoint's size; must not exist, is removed afterwards",
-    )
-    add("--verify", action="store_true", help="also an import with --verify")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_conversion)
+@dataclass
+class Conversion(Measured):
+    """Measure a random checkpoint of real shapes, to Megatron and back: time and peak memory.
+
+    Attributes:
+        model: of configs/model
+        folder: for three times the checkpoint's size; must not exist, is removed afterwards
+        verify: also an import with verify=true
+    """
+
+    model: str = "qwen3_4b"
+    folder: Path = Path("outputs/benchmark_conversion")
+    verify: bool = False
 
 
-def run_conversion(arguments: argparse.Namespace) -> int:
-    """Measures and prints; 1 if a conversion fails."""
+def run_conversion(keys: Conversion) -> int:
+    """Measure and print; 1 if a conversion fails."""
     from megatron_ttt.benchmarks import conversion as benchmark
     from megatron_ttt.config.load import load_config
 
-    model = load_config([f"+model={arguments.model}", "run.dry_run=true"]).model
-    if arguments.folder.exists():
-        raise ValueError(f"{arguments.folder} exists")
+    model = load_config([f"+model={keys.model}", "run.dry_run=true"]).model
+    if keys.folder.exists():
+        raise ConfigError([Fault("folder", keys.folder, "exists")])
     program = [sys.executable, str(Path(__file__).with_name("convert_checkpoint.py"))]
     try:
-        size, rows = benchmark.measure(model, program, arguments.folder, verify=arguments.verify)
+        size, rows = benchmark.measure(model, program, keys.folder, verify=keys.verify)
     except RuntimeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error)
     benchmark.report(model, size, rows, Console())
-    if arguments.json:
-        record = benchmark.as_record(model, size, rows)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    keys.write(benchmark.as_record(model, size, rows))
     return 0
 
 
-def add_decoding(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """A generated token with fast weights against the same model without."""
-    parser = commands.add_parser("decoding", help="what a generated token costs, on and off")
-    add = parser.add_argument
-    add("--hidden", type=bounded(COUNT), default=512)
-    add("--ffn", type=bounded(COUNT), default=1536)
-    add("--layers", type=bounded(COUNT), default=12)
-    add(
-        "--chunk",
-        type=bounded(COUNT),
-        default=128,
-        help="tokens of a chunk and of a round (default: 128)",
-    )
-    add("--batch", type=bounded(COUNT), nargs="+", default=[1, 4], help="rows (default: 1 4)")
-    add("--rounds", type=bounded(COUNT), default=5, help="measured rounds (default: 5)")
-    add("--dtype", choices=["fp32", "bf16"], default="fp32", help="default: fp32")
-    add("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_decoding)
+@dataclass
+class Decoding(Measured):
+    """Measure what a generated token costs, with fast weights on and off.
+
+    Attributes:
+        chunk: tokens of a chunk and of a round
+        batch: rows
+        rounds: measured
+        dtype: fp32 or bf16
+        device: cpu or cuda
+    """
+
+    hidden: int = 512
+    ffn: int = 1536
+    layers: int = 12
+    chunk: int = 128
+    batch: list[int] = field(default_factory=lambda: [1, 4])
+    rounds: int = 5
+    dtype: str = "fp32"
+    device: str = "cpu"
 
 
-def run_decoding(arguments: argparse.Namespace) -> int:
-    """Measures and prints."""
+def run_decoding(keys: Decoding) -> int:
+    """Measure and print."""
+    for key, value, valid in (
+        ("dtype", keys.dtype, ("fp32", "bf16")),
+        ("device", keys.device, ("cpu", "cuda")),
+    ):
+        if value not in valid:
+            raise ConfigError([Fault(key, value, f"must be one of {', '.join(valid)}")])
     from megatron_ttt.benchmarks import decoding as benchmark
 
-    options = {k: v for k, v in vars(arguments).items() if k not in ("run", "json", "batch")}
-    problem = benchmark.DecodingProblem(**options, batches=tuple(arguments.batch))
+    options = keys.options()
+    problem = benchmark.DecodingProblem(batches=tuple(options.pop("batch")), **options)
     times = benchmark.measure(problem)
     benchmark.report(problem, times, Console())
-    if arguments.json:
-        arguments.json.write_text(json.dumps(benchmark.as_record(problem, times), indent=2) + "\n")
+    keys.write(benchmark.as_record(problem, times))
     return 0
 
 
-def add_scan(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """The scan across ranks: its links, its four algorithms, what overlap hides."""
-    parser = commands.add_parser(
-        "scan", help="the scan's links and algorithms beside the cost model's prediction"
-    )
-    add = parser.add_argument
-    add(
-        "--ranks",
-        type=WHOLE,
-        default=4,
-        help="local processes; under torchrun its own (default: 4)",
-    )
-    add(
-        "--state-mb",
-        type=bounded(Bound(-1, 1e6), float),
-        default=25.0,
-        help="one rank's state (default: 25 MB)",
-    )
-    add("--order", choices=["zigzag", "contiguous"], default="zigzag")
-    add("--repeats", type=WHOLE, default=9, help="measured rounds (default: 9)")
-    add("--write-constants", type=Path, metavar="FILE", help="for parallel.scan_constants")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_scan)
+@dataclass
+class Scan(Measured):
+    """Measure the scan's links and algorithms beside the cost model's prediction.
+
+    Attributes:
+        ranks: local processes; under torchrun its own
+        state_mb: one rank's state
+        order: zigzag or contiguous
+        repeats: measured rounds
+        write_constants: file, for parallel.scan_constants
+    """
+
+    ranks: int = 4
+    state_mb: float = 25.0
+    order: SequenceOrder = SequenceOrder.zigzag
+    repeats: int = 9
+    write_constants: Path | None = None
 
 
-def run_scan(arguments: argparse.Namespace) -> int:
-    """Measures on the ranks of torchrun, or on local ones; rank 0 prints."""
+def run_scan(keys: Scan) -> int:
+    """Measure on the ranks of torchrun, or on local ones; rank 0 prints."""
     from megatron_ttt.benchmarks import scan_ranks
 
-    options = {k: v for k, v in vars(arguments).items() if k != "run"}
-    return scan_ranks.run(scan_ranks.ScanArguments(**options))
+    options = keys.options() | {"order": keys.order.value}
+    return scan_ranks.run(scan_ranks.ScanArguments(**options, json=keys.output))
 
 
-def add_counted_step(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
-    """Forward and backward of a real model on meta tensors: what a GPU would be asked for."""
-    parser = commands.add_parser(
-        "counted-step",
-        help="kernels, bytes, FLOPs, waits and memory kept by one micro-batch, without a GPU",
-    )
-    add = parser.add_argument
-    add("overrides", nargs="*", metavar="KEY=VALUE", help="of the configuration")
-    add("--model", default="qwen3_4b", help="of configs/model (default: qwen3_4b)")
-    add("--documents", type=int, default=1, help="in each row, equally long (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="also write every number to FILE")
-    parser.set_defaults(run=run_counted_step)
+@dataclass
+class CountedStep(Measured):
+    """Count kernels, bytes, FLOPs, waits and memory of one micro-batch, without a GPU.
+
+    All other keys are those of launch/pretrain.py.
+
+    Attributes:
+        model: of configs/model
+        documents: in each row, equally long
+    """
+
+    model: str = "qwen3_4b"
+    documents: int = 1
+    overrides: list[str] = field(default_factory=list)
 
 
-def run_counted_step(arguments: argparse.Namespace) -> int:
-    """Counts and prints."""
+def run_counted_step(keys: CountedStep) -> int:
+    """Count and print."""
     from megatron_ttt.benchmarks import counted_step as benchmark
     from megatron_ttt.config.load import load_config
 
-    words = [f"+model={arguments.model}", "run.dry_run=true", "train.precision=bf16"]
-    words += arguments.overrides
+    words = [f"+model={keys.model}", "run.dry_run=true", "train.precision=bf16", *keys.overrides]
     config = load_config(words)
-    if not 1 <= arguments.documents <= config.train.seq_length:
-        raise ValueError(
-            f"--documents {arguments.documents}: a row has {config.train.seq_length} tokens"
-        )
-    counted = benchmark.measure(config, documents=arguments.documents)
+    if keys.documents > config.train.seq_length:
+        message = f"a row has {config.train.seq_length} tokens"
+        raise ConfigError([Fault("documents", keys.documents, message)])
+    counted = benchmark.measure(config, documents=keys.documents)
     benchmark.report(counted, Console(width=140))
-    if arguments.json:
-        record = benchmark.as_record(counted, words, arguments.documents)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+    keys.write(benchmark.as_record(counted, words, keys.documents))
     return 0
 
 
+def failed(error: Exception) -> int:
+    """Print why nothing was measured; return the exit status."""
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def command(keys: type, run: Any, *counts: str, **options: Any) -> Command[Any]:
+    """Return a command; each of ``counts`` is a whole number of at least 1."""
+
+    def checked(given: Any) -> int:
+        given.check()
+        status: int = run(given)
+        return status
+
+    bounds = {**dict.fromkeys(counts, COUNT), **options.pop("bounds", {})}
+    return Command(keys, checked, bounds=bounds, old={"--json": "output"}, **options)
+
+
+COMMANDS = {
+    "fast-weight-layer": command(Layer, run_layer, "hidden", "ffn", "tokens", "chunk", "repeats"),
+    "checkpoint": command(Checkpoint, run_checkpoint, "hidden", "layers", "repeats"),
+    "conversion": command(Conversion, run_conversion),
+    "scan": command(
+        Scan, run_scan, "ranks", "repeats", bounds={"state_mb": Bound(0, 1e6, open=True)}
+    ),
+    "decoding": command(
+        Decoding, run_decoding, "hidden", "ffn", "layers", "chunk", "batch", "rounds"
+    ),
+    "counted-step": command(CountedStep, run_counted_step, "documents", passes="overrides"),
+}
+
+
 def main(argv: list[str]) -> int:
-    """Runs the chosen benchmark; 2 for a mistake of the user, in one line."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    add_fast_weight_layer(commands)
-    add_checkpoint(commands)
-    add_conversion(commands)
-    add_scan(commands)
-    add_decoding(commands)
-    add_counted_step(commands)
-    arguments = parser.parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-    except ValueError as error:
-        return tell(error)
-    return status
+    """Run the chosen benchmark; 2 for a mistake of the user, in one line."""
+    return run_command(argv, COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,13 @@ def run(keys: Keys) -> int:
     return 0
 
 
+COMMAND = Command(Keys, run, files="results")
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, or 2 for a mistake, which takes one line."""
     try:
-        return run_command(arguments, Command(Keys, run, files="results"), __doc__)
+        return run_command(arguments, COMMAND, __doc__)
     except OSError as error:
         return tell(error)
 

@@ -356,14 +356,22 @@ def run(keys: Keys) -> int:
     return 0
 
 
+COMMAND = Command(
+    Keys,
+    run,
+    bounds=BOUNDS,
+    effects=EFFECTS,
+    old={
+        "--beyond-positions=allow": "beyond_positions=true",
+        "--beyond-positions=refuse": "beyond_positions=false",
+    },
+    old_places=("checkpoint",),
+)
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, or 2 for a mistake, which takes one line."""
-    old = {"--beyond-positions=allow": "beyond_positions=true"}
-    old |= {"--beyond-positions=refuse": "beyond_positions=false"}
-    command = Command(
-        Keys, run, bounds=BOUNDS, effects=EFFECTS, old=old, old_places=("checkpoint",)
-    )
-    return run_command(arguments, command, __doc__)
+    return run_command(arguments, COMMAND, __doc__)
 
 
 if __name__ == "__main__":

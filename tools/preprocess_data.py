@@ -192,10 +192,12 @@ def run(keys: Keys) -> int:
     return 0
 
 
+COMMAND = Command(Keys, run, bounds=BOUNDS, effects=EFFECTS, files="inputs")
+
+
 def main(arguments: list[str]) -> int:
     """Return the exit status: 0, or 2 for a mistake, which takes one line."""
-    command = Command(Keys, run, bounds=BOUNDS, effects=EFFECTS, files="inputs")
-    return run_command(arguments, command, __doc__)
+    return run_command(arguments, COMMAND, __doc__)
 
 
 if __name__ == "__main__":

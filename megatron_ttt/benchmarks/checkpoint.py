@@ -49,11 +49,11 @@ class SaveProblem:
     def __post_init__(self) -> None:
         for name in ("hidden", "layers", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.hidden % 64:
-            raise ValueError(f"--hidden {self.hidden}: must be a multiple of 64")
+            raise ValueError(f"hidden={self.hidden}: must be a multiple of 64")
         if self.folder is not None and not self.folder.is_dir():
-            raise ValueError(f"--folder {self.folder}: is no folder")
+            raise ValueError(f"folder={self.folder}: is not a folder")
 
     def config(self) -> Config:
         """A model of these sizes over bytes, as the tiny one trains it."""

@@ -301,5 +301,5 @@ def show(problem: ScanProblem, report: Report, console: Console) -> None:
 
 
 def as_record(problem: ScanProblem, report: Report) -> dict[str, Any]:
-    """Everything, for ``--json``."""
+    """Everything, for a file."""
     return {"problem": {**asdict(problem), "order": problem.order.value}, "report": asdict(report)}

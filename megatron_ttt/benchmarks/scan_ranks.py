@@ -33,7 +33,7 @@ def run(arguments: ScanArguments) -> int:
     """Raises ``ValueError`` for numbers that cannot be measured."""
     if arguments.state_mb <= 0 or arguments.repeats < 1:
         raise ValueError(
-            f"--state-mb {arguments.state_mb:g} and --repeats {arguments.repeats} must be positive"
+            f"state_mb={arguments.state_mb:g} and repeats={arguments.repeats}: must be positive"
         )
     launch = launched()
     if launch.world_size > 1:
@@ -48,7 +48,7 @@ def run(arguments: ScanArguments) -> int:
         _measure(arguments, device or torch.device("cpu"))
         return 0
     if arguments.ranks < 2:
-        raise ValueError(f"--ranks {arguments.ranks}: a scan needs at least two")
+        raise ValueError(f"ranks={arguments.ranks}: a scan needs at least two")
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes.spawn(_local_rank, (arguments, store), nprocs=arguments.ranks)

@@ -313,16 +313,17 @@ def _help(command: Command[Any], about: str | None) -> Iterator[str]:
 
 
 def _meanings(keys: type) -> dict[str, str]:
-    """Return what ``Attributes:`` of the docstring says of each key, nested ones included."""
+    """Return what ``Attributes:`` of the docstrings says of each key, also of nested ones."""
     found: dict[str, str] = {}
-    _, _, section = (keys.__doc__ or "").partition("Attributes:")
-    key = ""
-    for line in section.splitlines():
-        name, colon, text = line.strip().partition(": ")
-        if colon and line.startswith(" " * 8) and not line.startswith(" " * 9):
-            key, found[name] = name, text
-        elif line.strip() and key:
-            found[key] += f" {line.strip()}"
+    for owner in reversed(keys.__mro__):
+        _, _, section = (owner.__doc__ or "").partition("Attributes:")
+        key = ""
+        for line in section.splitlines():
+            name, colon, text = line.strip().partition(": ")
+            if colon and line.startswith(" " * 8) and not line.startswith(" " * 9):
+                key, found[name] = name, text
+            elif line.strip() and key:
+                found[key] += f" {line.strip()}"
     for name, kind in typing.get_type_hints(keys).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             found |= {f"{name}.{inner}": text for inner, text in _meanings(kind).items()}

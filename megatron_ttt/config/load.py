@@ -6,8 +6,8 @@ status 2, before anything is written and before torch is imported.
 
 import os
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -66,6 +66,7 @@ class Root(Generic[AnyConfig]):
         grouped: whether the folders of ``configs/`` are groups of this root.
         effects: under which other keys each of its keys has an effect.
         faults: what types cannot say of its keys.
+        shorts: keys that stand for another.
     """
 
     name: str
@@ -74,6 +75,13 @@ class Root(Generic[AnyConfig]):
     grouped: bool
     effects: Effects
     faults: Callable[[AnyConfig], list[Fault]]
+    shorts: Mapping[str, str] = field(default_factory=dict)
+
+    def full(self, word: str) -> str:
+        """Return a word of the command line with its key written out."""
+        key, equals, value = word.partition("=")
+        is_short = key in self.shorts and not value.startswith("{")
+        return f"{self.shorts[key]}{equals}{value}" if is_short else word
 
     def groups(self, config_dir: Path) -> dict[str, list[str]]:
         """The groups with the names of their files; none where the folders mean nothing."""
@@ -287,6 +295,8 @@ def run_program(
     except LaunchError as error:
         print(error, file=sys.stderr)
         return 2
+
+    argv = [root.full(word) for word in argv]
 
     def checked(config: AnyConfig) -> int:
         if faults := root.faults(config):

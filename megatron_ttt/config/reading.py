@@ -4,7 +4,7 @@ The update rule of a checkpoint is part of what was trained; reading it under an
 its choice is examined (ablations) and how a bad one is tamed (``decay``, ``clip``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -53,28 +53,8 @@ class ReadingRule:
     clip: ClipChanges = field(default_factory=ClipChanges)
 
 
-# What the keys of the update rule hold, and how to say so.
-RULE_KEYS: dict[str, tuple[Callable[[str], object], str]] = {
-    "ttt.eta": (float, "a number"),
-    "ttt.chunk_size": (int, "a whole number"),
-    "ttt.decay": (float, "a number"),
-    "ttt.clip.mode": (ClipMode, "one of " + ", ".join(mode.value for mode in ClipMode)),
-    "ttt.clip.bound": (float, "a number"),
-}
-
-
-def set_rule_key(rule: ReadingRule, key: str, value: str) -> None:
-    """Set one of ``RULE_KEYS`` to what was typed, for programs without Hydra.
-
-    Raises:
-        ConfigError: the key cannot have such a value.
-    """
-    kind, said = RULE_KEYS[key]
-    part: object = rule.clip if key.startswith("ttt.clip.") else rule
-    try:
-        setattr(part, key.rpartition(".")[2], kind(value))
-    except ValueError as error:
-        raise ConfigError([Fault(key, value, f"must be {said}")]) from error
+# The keys of an update rule that a reading may change.
+RULE_KEYS = ("ttt.eta", "ttt.chunk_size", "ttt.decay", "ttt.clip.mode", "ttt.clip.bound")
 
 
 def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:

@@ -156,4 +156,5 @@ EVALUATION = Root(
     grouped=False,
     effects=EVALUATION_EFFECTS,
     faults=evaluation_faults,
+    shorts={"ttt": "ttt.mode"},
 )

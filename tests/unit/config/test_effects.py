@@ -14,10 +14,10 @@ from megatron_ttt.config.effects import (
     idle_faults,
     notices,
 )
-from megatron_ttt.config.load import CONFIG_DIR, compose_root, run_with_config
+from megatron_ttt.config.load import CONFIG_DIR, compose_root, run_program, run_with_config
 from megatron_ttt.config.overrides import group_options
 from megatron_ttt.config.schema import Config
-from megatron_ttt.evaluation.schema import EVALUATION, EVALUATION_EFFECTS
+from megatron_ttt.evaluation.schema import EVALUATION, EVALUATION_EFFECTS, EvaluationConfig
 from megatron_ttt.evaluation.tasks import TASKS
 from tests.unit.config.compose import configured
 
@@ -153,6 +153,18 @@ def test_no_recipe_is_told_anything(name: str, capsys: pytest.CaptureFixture[str
 
 
 EVALUATE = ["checkpoint=nowhere"]
+
+
+def test_fast_weights_are_switched_off_as_in_training() -> None:
+    found = []
+
+    def start(config: EvaluationConfig) -> int:
+        found.append(config.ttt.mode.name)
+        return 0
+
+    for word in ("ttt=off", "ttt.mode=in_place"):
+        assert run_program(EVALUATION, start, ["task=speed", *EVALUATE, word]) == 0
+    assert found == ["off", "in_place"]
 
 
 @pytest.mark.parametrize("task", list(TASKS))
