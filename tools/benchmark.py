@@ -2,7 +2,7 @@
 """Measures what the project claims about speed and memory.
 
 python tools/benchmark.py fast-weight-layer chunk=64 part=mlp
-python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \
+python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \\
     device=cuda output=layer.json
 python tools/benchmark.py scan ranks=8 write_constants=constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Converts checkpoints between Hugging Face and Megatron, one tensor at a time, without a GPU.
 
-python tools/convert_checkpoint.py import checkpoint=Qwen3-4B-Base output=checkpoints/qwen3_4b \
+python tools/convert_checkpoint.py import checkpoint=Qwen3-4B-Base output=checkpoints/qwen3_4b \\
     verify=true
 python tools/convert_checkpoint.py export checkpoint=outputs/qwen3_4b output=exported
 python tools/convert_checkpoint.py diff exported Qwen3-4B-Base
@@ -65,51 +65,52 @@ class Rule:
 
 
 @dataclass
-class Import:
-    """Make a Megatron checkpoint of a Hugging Face folder.
+class Conversion:
+    """Keys of both directions.
 
     Attributes:
-        checkpoint: folder with config.json and safetensors
-        output: folder, for checkpoint.load=
-        model: a model of configs/model that must be the checkpoint's
-        seed: of a new target generator; train.seed draws the same
+        checkpoint: a Hugging Face folder to import; an import or a training run to export
+        output: folder; for checkpoint.load=, or for transformers
         verify: run both models on the same tokens, layer by layer, before output becomes visible
         dry_run: print the mapping, write nothing
     """
 
     checkpoint: Path = MISSING
     output: Path = MISSING
-    model: str | None = None
-    seed: int = 1234
     verify: bool = False
     dry_run: bool = False
+
+
+@dataclass
+class Import(Conversion):
+    """Make a Megatron checkpoint of a Hugging Face folder.
+
+    Attributes:
+        model: a model of configs/model that must be the checkpoint's
+        seed: of a new target generator; train.seed draws the same
+    """
+
+    model: str | None = None
+    seed: int = 1234
     ttt: Rule = field(default_factory=Rule)
 
 
 @dataclass
-class Export:
+class Export(Conversion):
     """Make a Hugging Face folder of a Megatron checkpoint.
 
     Attributes:
-        checkpoint: of an import or of a training run
-        output: folder, for transformers
         tokenizer: folder with tokenizer and generation files; null: where the checkpoint began
         dtype: of the exported tensors, bf16, fp16 or fp32; null: as stored
         style: package, the classes of megatron_ttt.hf; or reference, the plain architecture with
             ttt_* keys, for the published reference implementation
         shard_gib: largest file of weights
-        verify: run both models on the same tokens, layer by layer, before output becomes visible
-        dry_run: print the mapping, write nothing
     """
 
-    checkpoint: Path = MISSING
-    output: Path = MISSING
     tokenizer: Path | None = None
     dtype: Dtype | None = None
     style: Style = Style.package
     shard_gib: float = 4.0
-    verify: bool = False
-    dry_run: bool = False
 
 
 @dataclass

@@ -2,7 +2,7 @@
 """Evaluates a checkpoint with its fast weights on and off, from the same weights.
 
 python tools/evaluate.py task=perplexity checkpoint=outputs/demo
-torchrun --nproc-per-node 8 tools/evaluate.py task=ruler checkpoint=outputs/qwen3_4b \
+torchrun --nproc-per-node 8 tools/evaluate.py task=ruler checkpoint=outputs/qwen3_4b \\
     parallel.cp=8 ruler.lengths=[32768,65536]
 python tools/evaluate.py task=health checkpoint=outputs/demo
 python tools/evaluate.py --multirun task=perplexity checkpoint=outputs/demo ttt.eta=0.5,1,2

@@ -7,7 +7,7 @@ python tools/generate.py checkpoint=exported read=book.txt ttt.clip.mode=relativ
 python tools/generate.py checkpoint=exported read=book.txt max_new_tokens=0 save_memory=book.memory
 python tools/generate.py checkpoint=exported memory=book.memory prompt="Who is the captain?"
 python tools/generate.py checkpoint=exported session=talk.session prompt="And then?"
-torchrun --nproc-per-node 2 tools/generate.py checkpoint=checkpoints/qwen3_4b parallel.tp=2 \
+torchrun --nproc-per-node 2 tools/generate.py checkpoint=checkpoints/qwen3_4b parallel.tp=2 \\
     prompt="Hello"
 
 Text goes to standard output as it is generated, everything else to standard error.
@@ -139,15 +139,11 @@ EFFECTS = {
 }
 
 
-class Mistake(ValueError):
-    """Something the user can put right; the message is one line."""
-
-
 @contextmanager
 def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
     """
     Raises:
-        Mistake: the folder holds no model, or the ranks do not fit.
+        ValueError: the folder holds no model, or the ranks do not fit.
     """
     folder: Path = checkpoint_folder(keys.checkpoint)
     ranks = launched().world_size
@@ -155,7 +151,7 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
         needed = keys.parallel.tp * keys.parallel.cp
         if ranks != needed:
             sizes = f"parallel.tp={keys.parallel.tp} parallel.cp={keys.parallel.cp}"
-            raise Mistake(f"{sizes}: needs {needed} ranks (torchrun), the job has {ranks}")
+            raise ValueError(f"{sizes}: needs {needed} ranks (torchrun), the job has {ranks}")
         from megatron_ttt.training.quiet import quiet_libraries
 
         quiet_libraries()
@@ -167,7 +163,7 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
             yield backend
     elif (folder / "config.json").is_file():
         if ranks != 1 or keys.parallel.tp * keys.parallel.cp != 1:
-            raise Mistake("an exported model is read by one process; ranks are for Megatron's")
+            raise ValueError("an exported model is read by one process; ranks are for Megatron's")
         import torch
 
         from megatron_ttt.inference.transformers_backend import TransformersBackend
@@ -180,7 +176,9 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
             device=torch.device(keys.device) if keys.device else None,
         )
     else:
-        raise Mistake(f"{folder}: neither config.json nor metadata.json: this is no model's folder")
+        raise ValueError(
+            f"{folder}: neither config.json nor metadata.json: this is no model's folder"
+        )
 
 
 def tokenizer_of(keys: Keys, backend: "Backend[Any]") -> Tokenizer:
@@ -190,7 +188,7 @@ def tokenizer_of(keys: Keys, backend: "Backend[Any]") -> Tokenizer:
     """
     tokenizer = backend.tokenizer.open(keys.tokenizer, bos=keys.bos, spelled=keys.special_tokens)
     if tokenizer is None:
-        raise Mistake(f"{keys.checkpoint}: has no tokenizer: give tokenizer=")
+        raise ValueError(f"{keys.checkpoint}: has no tokenizer: give tokenizer=")
     return tokenizer
 
 
@@ -257,10 +255,10 @@ class Printer:
 def check_positions(keys: Keys, backend: "Backend[Any]", last: int) -> None:
     """
     Raises:
-        Mistake: positions that the model was not made for, and nobody said they may be used.
+        ValueError: positions that the model was not made for, and nobody said they may be used.
     """
     if not keys.beyond_positions and last > backend.max_positions:
-        raise Mistake(
+        raise ValueError(
             f"{last} tokens with the new ones, but the model has {backend.max_positions} positions "
             "(beyond_positions=true reads on regardless)"
         )
@@ -289,10 +287,10 @@ def generate_text(keys: Keys, backend: "Backend[Any]") -> None:
     rows = [tokenizer.encode_prompt(text) if text else [] for text in texts]
     if keys.session is not None and backend.has_session(keys.session):
         if keys.memory is not None:
-            raise Mistake("session and memory: a session that exists has its own fast weights")
+            raise ValueError("session and memory: a session that exists has its own fast weights")
         reader, turn = backend.load_session(keys.session)
         if len(turn.unread) != len(rows):
-            raise Mistake(f"{keys.session}: has {len(turn.unread)} rows, not {len(rows)}")
+            raise ValueError(f"{keys.session}: has {len(turn.unread)} rows, not {len(rows)}")
         sampler.generator.set_state(turn.generator)
         new = [tokenizer.encode(text) for text in texts]  # a session has begun before
         rows = [unread + row for unread, row in zip(turn.unread, new, strict=True)]
@@ -301,10 +299,10 @@ def generate_text(keys: Keys, backend: "Backend[Any]") -> None:
     else:
         reader = backend.new_reader(len(rows))
     if any(not row for row in rows):
-        raise Mistake("the prompt is empty: give prompt=, prompt_file= or read=")
+        raise ValueError("the prompt is empty: give prompt=, prompt_file= or read=")
     largest = max(max(row) for row in rows)
     if largest >= backend.vocab_size:
-        raise Mistake(f"the tokenizer gives id {largest}, the model has {backend.vocab_size}")
+        raise ValueError(f"the tokenizer gives id {largest}, the model has {backend.vocab_size}")
     longest = max(place + len(row) for place, row in zip(reader.places, rows, strict=True))
     check_positions(keys, backend, longest + keys.max_new_tokens)
     stop = frozenset(keys.stop_token or []) or backend.stop_tokens or {tokenizer.eod}
@@ -329,7 +327,7 @@ def session_held(session: Path | None) -> Iterator[None]:
     """Be the only one that continues a session: the later of two would undo the earlier.
 
     Raises:
-        Mistake: another process continues it, or its folder cannot be written.
+        ValueError: another process continues it, or its folder cannot be written.
     """
     if session is None:
         yield
@@ -338,9 +336,9 @@ def session_held(session: Path | None) -> Iterator[None]:
     try:
         lock = acquire(path, lambda line: print(line, file=sys.stderr))
     except Occupied as error:
-        raise Mistake(f"session={session}: {error}") from error
+        raise ValueError(f"session={session}: {error}") from error
     except OSError as error:
-        raise Mistake(f"session={session}: cannot be written: {error.strerror}") from error
+        raise ValueError(f"session={session}: cannot be written: {error.strerror}") from error
     try:
         yield
     finally:

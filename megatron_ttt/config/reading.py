@@ -36,7 +36,12 @@ class ReadingMode(Enum):
 
 @dataclass
 class ClipChanges:
-    """Keys ``ttt.clip.*``; null: as the checkpoint says."""
+    """Keys ``ttt.clip.*``; null: as the checkpoint says.
+
+    Attributes:
+        mode: off, relative or absolute
+        bound: of what a chunk writes
+    """
 
     mode: ClipMode | None = None
     bound: float | None = None
@@ -44,7 +49,14 @@ class ClipChanges:
 
 @dataclass
 class ReadingRule:
-    """Keys ``ttt.*`` of a program that reads a checkpoint; null: as the checkpoint says."""
+    """Keys ``ttt.*`` of a program that reads a checkpoint; null: as the checkpoint says.
+
+    Attributes:
+        mode: in_place or off; both: as trained, compared with off where a program compares
+        eta: instead of the checkpoint's, as the keys below
+        chunk_size: tokens
+        decay: per chunk, 1 keeps everything
+    """
 
     mode: ReadingMode = ReadingMode.both
     eta: float | None = None

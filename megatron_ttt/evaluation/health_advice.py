@@ -67,11 +67,19 @@ class Health:
         return self.loss_off - self.loss_on > NOISE
 
 
-class Side(Enum):
-    """Whether values above or below the limit trigger a warning."""
+@dataclass(frozen=True)
+class Range:
+    """Numbers from ``low`` to ``high``, of which one is given; NaN lies in none."""
 
-    ABOVE = "above"
-    BELOW = "below"
+    low: float = -math.inf
+    high: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    @property
+    def outside(self) -> str:
+        return f"below {self.low:g}" if self.high == math.inf else f"above {self.high:g}"
 
 
 class Evidence(Enum):
@@ -88,7 +96,7 @@ class Concern:
     Attributes:
         figure: its name in the warning.
         of: the figure by place; ``""`` for the whole model. Places without one are missing.
-        side, limit: what is out of range.
+        within: where the figure should lie.
         reason: why there.
         advice: what to try under an update rule, in the order of trying.
         evidence: ``WITHOUT_GAIN``: skip it when fast weights lower the loss.
@@ -96,8 +104,7 @@ class Concern:
 
     figure: str
     of: Callable[[Health], Mapping[str, float]]
-    side: Side
-    limit: float
+    within: Range
     reason: str
     advice: Callable[[UpdateRule], str]
     evidence: Evidence = Evidence.ALWAYS
@@ -106,13 +113,11 @@ class Concern:
         """Return one line that names figure, places and advice; ``None`` if all are in range."""
         if self.evidence is Evidence.WITHOUT_GAIN and health.gains:
             return None
-        # a figure that is not a number is out of every range
-        low, high = (-math.inf, self.limit) if self.side is Side.ABOVE else (self.limit, math.inf)
-        outside = {p: value for p, value in self.of(health).items() if not low <= value <= high}
+        outside = {p: value for p, value in self.of(health).items() if not self.within.holds(value)}
         if not outside:
             return None
         found = ", ".join(f"{place} {value:.3g}".strip() for place, value in outside.items())
-        said = f"{self.figure} {self.side.value} {self.limit:g}: {found} ({self.reason})"
+        said = f"{self.figure} {self.within.outside}: {found} ({self.reason})"
         advice = self.advice(rule)
         return f"{said}. {advice[0].upper()}{advice[1:]}"
 
@@ -237,8 +242,7 @@ CONCERNS = (
     Concern(
         figure="loss with fast weights on minus off",
         of=lambda health: {"": health.loss_on - health.loss_off},
-        side=Side.ABOVE,
-        limit=NOISE,
+        within=Range(high=NOISE),
         reason="the same weights predict these rows better without their memory",
         advice=lambda rule: (
             f"{_tame(rule)}. All three can be tried on this checkpoint as it is{_normalize(rule)}"
@@ -247,8 +251,7 @@ CONCERNS = (
     Concern(
         figure="update ratio",
         of=_by_layer(lambda layer: max(layer.update_ratio)),
-        side=Side.ABOVE,
-        limit=BEARABLE[1],
+        within=Range(high=BEARABLE[1]),
         reason="a pretrained W0 bears about 5 % of noise and breaks at 10 to 20 %, and fast"
         " weights gain nothing here",
         advice=_tame,
@@ -257,24 +260,21 @@ CONCERNS = (
     Concern(
         figure="update ratio",
         of=_by_layer(lambda layer: max(layer.update_ratio)),
-        side=Side.BELOW,
-        limit=1e-6,
+        within=Range(low=1e-6),
         reason="nothing is written; the convolution is zero before the first step of training",
         advice=lambda rule: f"train; or, if it has been trained, {_write_more(rule)}",
     ),
     Concern(
         figure="output ratio",
         of=_by_layer(_largest_output),
-        side=Side.BELOW,
-        limit=0.01,
+        within=Range(low=0.01),
         reason="the state hardly changes the output; under 0.004 bf16 rounds it away",
         advice=lambda rule: f"{_write_more(rule)}, or train longer",
     ),
     Concern(
         figure="growth of the update ratio per doubling of the tokens read",
         of=_growth,
-        side=Side.ABOVE,
-        limit=1.6,
+        within=Range(high=1.6),
         reason="2 is a sum of equal writes, 1.4 one of unrelated ones; on longer rows the state"
         " dominates W0",
         advice=lambda rule: (
@@ -284,8 +284,7 @@ CONCERNS = (
     Concern(
         figure="mean-key share",
         of=_by_layer(_mean_key_share),
-        side=Side.ABOVE,
-        limit=0.5,
+        within=Range(high=0.5),
         reason="most of a write lies along the mean key, which all queries read alike: a bias, not"
         " a memory",
         advice=_spread_keys,
@@ -293,16 +292,14 @@ CONCERNS = (
     Concern(
         figure="effective rank at the last place",
         of=_by_layer(_last_rank),
-        side=Side.BELOW,
-        limit=2.0,
+        within=Range(low=2.0),
         reason="the state is one direction, however much was read",
         advice=lambda rule: f"{_spread_keys(rule)}{_switch_on(rule)}",
     ),
     Concern(
         figure="share of conv in the squared gradient norm",
         of=_by_layer(lambda layer: layer.gradient_shares.get("conv")),
-        side=Side.ABOVE,
-        limit=0.5,
+        within=Range(high=0.5),
         reason="one small convolution leads the step; reported before losses that explode",
         advice=lambda rule: (
             f"{_lower_eta(rule)}, keep optimizer.clip_grad=1, lengthen optimizer.warmup_steps"
@@ -311,8 +308,7 @@ CONCERNS = (
     Concern(
         figure="share of conv and proj in the squared gradient norm",
         of=_by_layer(_target_share),
-        side=Side.BELOW,
-        limit=1e-12,
+        within=Range(low=1e-12),
         reason="the target generator does not learn; conv and projection both zero never do",
         advice=lambda rule: (
             "start the projection from a diagonal of initializer_range (a fresh one does), or"

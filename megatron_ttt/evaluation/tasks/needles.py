@@ -17,7 +17,6 @@ from megatron_ttt.evaluation.tasks._asked import BOUNDS, AskedConfig, Cells, ask
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.asking import Answered, Item
     from megatron_ttt.evaluation.schema import EvaluationConfig
     from megatron_ttt.evaluation.subject import Subject
@@ -44,10 +43,6 @@ def items_of(settings: NeedlesConfig) -> list[Item]:
         for depth in depths
         for number in range(settings.samples)
     ]
-
-
-def row_lengths(source: Checkpoint, settings: NeedlesConfig) -> dict[str, list[int]]:
-    return {"needles.lengths": settings.lengths}
 
 
 def run(subject: Subject, settings: NeedlesConfig, config: EvaluationConfig) -> Report:
@@ -110,7 +105,7 @@ TASK = Task(
     settings=NeedlesConfig,
     reading=Reading.SESSION,
     text=Text.GENERATED,
-    lengths=row_lengths,
+    lengths=lambda source, settings: {"needles.lengths": settings.lengths},
     run=run,
     bounds={**BOUNDS, "depths": COUNT},
 )

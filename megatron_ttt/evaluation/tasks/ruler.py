@@ -19,7 +19,6 @@ from megatron_ttt.evaluation.tasks._asked import BOUNDS, AskedConfig, Cells, ask
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from megatron_ttt.conversion.opened import Checkpoint
     from megatron_ttt.evaluation.asking import Item
     from megatron_ttt.evaluation.schema import EvaluationConfig
     from megatron_ttt.evaluation.subject import Subject
@@ -40,10 +39,6 @@ def items_of(settings: RulerConfig) -> list[Item]:
         for task in _tasks(settings)
         for number in range(settings.samples)
     ]
-
-
-def row_lengths(source: Checkpoint, settings: RulerConfig) -> dict[str, list[int]]:
-    return {"ruler.lengths": settings.lengths}
 
 
 def run(subject: Subject, settings: RulerConfig, config: EvaluationConfig) -> Report:
@@ -119,7 +114,7 @@ TASK = Task(
     settings=RulerConfig,
     reading=Reading.SESSION,
     text=Text.GENERATED,
-    lengths=row_lengths,
+    lengths=lambda source, settings: {"ruler.lengths": settings.lengths},
     run=run,
     bounds=BOUNDS,
     effects={"haystack": (Condition("ruler.tasks", _hides_needles),)},
