@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_ttt.config.schema import TTTMode
+from megatron_ttt.data.rows import Batch
 from megatron_ttt.evaluation.documents import TextRows, batches
 from megatron_ttt.evaluation.subject import Subject
+from megatron_ttt.evaluation.task import Through
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import take_ranges
 from megatron_ttt.training.step import ForwardStep
@@ -68,11 +72,16 @@ def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_siz
     step = ForwardStep(
         config, ranks, scan=scan_settings(config.parallel, ranks.scan_group), mode=mode
     )
+    served = subject.through is Through.transformers
     sums_2NT = torch.zeros(2, rows, length, dtype=torch.float64, device=ranks.device)
     for batch in batches(text, subject=subject, batch_size=batch_size):
         ranges = step.layout(batch).ranges
         counted_BL = take_ranges(batch.loss_mask_BT, ranges).to(ranks.device)
-        losses_BL, _ = step(iter([batch]), subject.model)
+        losses_BL = (
+            _served_losses(subject.model, batch, mode)
+            if served
+            else step(iter([batch]), subject.model)[0]
+        )
         found_2BL = torch.stack([losses_BL.double() * counted_BL, counted_BL.double()])
         first = 0
         for start, end in ranges:
@@ -81,3 +90,12 @@ def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_siz
             first += end - start
     dist.all_reduce(sums_2NT, group=ranks.groups.dp_cp)
     return Losses(sums_2NT[0].cpu(), sums_2NT[1].cpu())
+
+
+def _served_losses(model: Any, batch: Batch, mode: TTTMode) -> Tensor:
+    """Loss ``[B, T]`` of every token by an exported model's own classes, from logits."""
+    if hasattr(model.config, "ttt_mode"):
+        model.config.ttt_mode = mode is TTTMode.in_place
+    device = model.device
+    logits_BTV = model(batch.tokens_BT.to(device), use_cache=False).logits.float()
+    return F.cross_entropy(logits_BTV.mT, batch.labels_BT.to(device), reduction="none")

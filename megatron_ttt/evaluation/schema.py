@@ -1,6 +1,6 @@
 """The keys of ``tools/evaluate.py`` that all tasks share, and all keys together. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from enum import Enum
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_ttt.config.load import Root
 from megatron_ttt.config.reading import RULE_KEYS, ReadingMode, ReadingRule
 from megatron_ttt.config.schema import Bos, Precision
 from megatron_ttt.data.inputs import InputFormat
-from megatron_ttt.evaluation.task import Text
+from megatron_ttt.evaluation.task import Text, Through
 from megatron_ttt.evaluation.tasks import TASKS
 from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
@@ -80,6 +80,7 @@ class EvaluationConfig:
     task: Any = MISSING
     checkpoint: str = MISSING  # run folder, checkpoint folder, or hf:FOLDER of an exported model
     output: str | None = None  # folder; null: RUN/evaluation/TASK, or outputs/evaluation/NAME/TASK
+    through: Through = Through.megatron  # whose classes run the model
     beyond_positions: bool = False  # read more tokens than the model has positions
     precision: Precision = Precision.auto
     seed: int = 1234  # of generated samples
@@ -115,7 +116,23 @@ def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
     faults = bound_faults(config, EVALUATION_BOUNDS)
     # paths of data.path are looked at where they are opened
     faults += [Fault(key, value, "is empty") for key, value in flat_values(config) if value == []]
+    if config.through is Through.transformers:
+        faults += _served_faults(config)
     return faults
+
+
+def _served_faults(config: EvaluationConfig) -> Iterator[Fault]:
+    """What the classes of exported models cannot do."""
+    if config.through not in TASKS[config.task.name].through:
+        able = [name for name, task in TASKS.items() if config.through in task.through]
+        message = f"only {', '.join(able)} runs through transformers' classes"
+        yield Fault("task", config.task, message)
+    if config.data.rows is RowKind.packed:
+        message = "transformers' classes know no documents inside a row; give documents"
+        yield Fault("data.rows", config.data.rows, message)
+    for key, size in (("tp", config.parallel.tp), ("cp", config.parallel.cp)):
+        if size > 1:
+            yield Fault(f"parallel.{key}", size, "transformers' classes run in one process")
 
 
 def _reads(*texts: Text) -> tuple[Condition, ...]:
@@ -132,7 +149,9 @@ _TOKENIZER = _reads(Text.HELD_OUT, Text.GENERATED)
 _FAST = (Condition("ttt.mode", lambda config: config.ttt.mode is not ReadingMode.off),)
 _SPREAD = (Condition("parallel.cp", lambda config: config.parallel.cp > 1),)
 EVALUATION_EFFECTS: Effects = {
-    **dict.fromkeys(("task", "checkpoint", "output", "beyond_positions", "precision"), ALWAYS),
+    **dict.fromkeys(
+        ("task", "checkpoint", "output", "through", "beyond_positions", "precision"), ALWAYS
+    ),
     "seed": _reads(Text.GENERATED),
     "ttt.mode": ALWAYS,
     # reading.py refuses ttt.clip.bound where the checkpoint does not clip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,15 +21,17 @@ from megatron_ttt.config.schema import (
     TrainConfig,
     TTTMode,
 )
+from megatron_ttt.config.to_megatron import compute_dtype
 from megatron_ttt.config.validate import validate
 from megatron_ttt.conversion.opened import Checkpoint
 from megatron_ttt.data.tokenizers import Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
-from megatron_ttt.evaluation.task import Reading
+from megatron_ttt.evaluation.task import Reading, Through
+from megatron_ttt.inference.backend import UnfitModel
 from megatron_ttt.inference.loaded import loaded
 from megatron_ttt.inference.model_session import ModelSession
-from megatron_ttt.model.gpt import InPlaceTTTModel
-from megatron_ttt.training.distributed import Ranks
+from megatron_ttt.inference.transformers_backend import TransformersBackend, write_rule
+from megatron_ttt.training.distributed import Ranks, distributed
 
 
 def evaluation_reading(
@@ -115,7 +118,7 @@ class Subject:
         source: where it came from.
         config: how it is read (``ttt.mode`` as trained).
         ranks: this rank among the others.
-        model: in ``eval`` mode.
+        model: in ``eval`` mode; Megatron's or, with ``through=transformers``, the export's own.
         modes: the readings that are compared, fast weights first.
         tokenizer: that belongs to it; ``None`` where nobody says.
         seed: of everything that is drawn.
@@ -124,10 +127,11 @@ class Subject:
     source: Checkpoint
     config: Config
     ranks: Ranks
-    model: InPlaceTTTModel
+    model: Any
     modes: list[TTTMode]
     tokenizer: Tokenizer | None
     seed: int
+    through: Through = Through.megatron
 
     def new_session(self, mode: TTTMode, *, batch: int) -> ModelSession:
         """A session of ``batch`` rows that has read nothing."""
@@ -166,7 +170,8 @@ def open_subject(source: Checkpoint, config: EvaluationConfig, *, length: int) -
     """
     reading = evaluation_reading(source, config, length=length, world_size=launched().world_size)
     tokenizer = _tokenizer(source, config.data.tokenizer, config.data.bos)
-    with loaded(source, reading) as (model, ranks):
+    served = config.through is Through.transformers
+    with (_served if served else loaded)(source, reading) as (model, ranks):
         yield Subject(
             source=source,
             config=reading,
@@ -175,7 +180,32 @@ def open_subject(source: Checkpoint, config: EvaluationConfig, *, length: int) -
             modes=modes(reading.ttt, config.ttt.mode),
             tokenizer=tokenizer,
             seed=config.seed,
+            through=config.through,
         )
+
+
+@contextmanager
+def _served(source: Checkpoint, config: Config) -> Iterator[tuple[Any, Ranks]]:
+    """Load an exported model through the classes that serve it.
+
+    Raises:
+        ConfigError: it is a Megatron checkpoint, there are several processes, or its classes
+            cannot load it.
+    """
+    if source.is_megatron:
+        message = "is a Megatron checkpoint; export it, or give through=megatron"
+        raise ConfigError([Fault("checkpoint", source.path, message)])
+    with distributed(config) as ranks:
+        if ranks.world_size > 1:
+            message = f"transformers' classes run in one process, the job has {ranks.world_size}"
+            raise ConfigError([Fault("through", "transformers", message)])
+        dtype = compute_dtype(config, device_is_cuda=ranks.device.type == "cuda")
+        try:
+            backend = TransformersBackend(source.path, dtype=dtype, device=ranks.device)
+        except UnfitModel as error:
+            raise ConfigError([Fault("checkpoint", source.path, str(error))]) from error
+        write_rule(backend.model.config, config.ttt)
+        yield backend.model, ranks
 
 
 def _tokenizer(source: Checkpoint, wanted: str | None, bos: Bos | None) -> Tokenizer | None:

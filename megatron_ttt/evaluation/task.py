@@ -43,6 +43,13 @@ class Text(Enum):
     RANDOM = "random"
 
 
+class Through(Enum):
+    """Whose classes run the model; ``transformers``: those that serve exported models."""
+
+    megatron = "megatron"
+    transformers = "transformers"
+
+
 @dataclass(frozen=True)
 class Task(Generic[Settings]):
     """One kind of evaluation; its name is that of its module in ``tasks/``.
@@ -55,6 +62,7 @@ class Task(Generic[Settings]):
         run: evaluates; called on every rank, its report complete on the first.
         bounds: of the numbers of ``settings``.
         effects: conditions of keys of ``settings``, besides the task itself.
+        through: whose classes can run the model for it.
     """
 
     settings: type[Settings]
@@ -64,6 +72,7 @@ class Task(Generic[Settings]):
     run: Callable[[Subject, Settings, EvaluationConfig], Report]
     bounds: Mapping[str, Bound]
     effects: Mapping[str, tuple[Condition, ...]] = field(default_factory=dict)
+    through: frozenset[Through] = frozenset({Through.megatron})
 
     def settings_of(self, config: EvaluationConfig, name: str) -> Settings:
         """The task's own keys in a whole configuration."""

@@ -62,7 +62,13 @@ def change_rule(config: Any, rule: ReadingRule, *, where: str) -> None:
     known = ttt_from_hf(config.to_dict(), layers=layers, where=where)
     changed = fitting_rule(known or TTTConfig(mode=TTTMode.off), rule)
     if known is not None:
-        keys = hf_from_ttt(changed, layers=layers)
+        write_rule(config, changed)
+
+
+def write_rule(config: Any, rule: TTTConfig) -> None:
+    """Give a loaded model's configuration what a ``ReadingRule`` can change of an update rule."""
+    if rule.mode is not TTTMode.off:
+        keys = hf_from_ttt(rule, layers=config.num_hidden_layers)
         for key in _RULE_KEYS:
             setattr(config, key, keys[key])
 

@@ -97,6 +97,30 @@ def test_perplexity_is_that_of_transformers(
     assert abs(readings["in_place"]["loss"] - readings["off"]["loss"]) > 1e-3
 
 
+def test_an_export_through_the_classes_that_serve_it(
+    run: Callable[..., str], tmp_path: Path
+) -> None:
+    """The same figures as through Megatron's layers, under another rule as well."""
+    words = ["task=perplexity", f"perplexity.length={LENGTH}", "perplexity.bins=3"]
+    words.append("ttt.chunk_size=4")
+    found = []
+    for through in ("megatron", "transformers"):
+        run(*words, f"through={through}", f"output={tmp_path / through}")
+        file = tmp_path / through / "perplexity,ttt.chunk_size=4.json"
+        found.append(json.loads(file.read_text())["readings"])
+    for mode in ("in_place", "off"):
+        for figure in ("loss_by_position", "loss_by_context"):
+            assert found[0][mode][figure] == pytest.approx(found[1][mode][figure], rel=1e-5)
+    assert abs(found[1]["in_place"]["loss"] - found[1]["off"]["loss"]) > 1e-3
+
+
+def test_what_its_classes_cannot_do_is_refused(run: Callable[..., str]) -> None:
+    said = run("task=speed", "through=transformers", status=2)
+    assert "only perplexity runs through transformers" in said
+    said = run("task=perplexity", "through=transformers", "data.rows=packed", status=2)
+    assert "data.rows=packed: transformers' classes know no documents inside a row" in said
+
+
 @torch.no_grad()
 def losses(model: Any, rows: list[list[int]], *, fast_weights: bool) -> torch.Tensor:
     """``[N, T]`` through the transformers classes."""

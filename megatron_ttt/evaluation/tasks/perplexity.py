@@ -18,7 +18,7 @@ from megatron_ttt.config.bounds import COUNT
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.evaluation.report import MODE_NAMES, Report, Table
-from megatron_ttt.evaluation.task import Reading, Task, Text, row_length
+from megatron_ttt.evaluation.task import Reading, Task, Text, Through, row_length
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -168,5 +168,6 @@ TASK = Task(
     text=Text.HELD_OUT,
     lengths=row_lengths,
     run=run,
+    through=frozenset(Through),
     bounds=dict.fromkeys(("length", "rows", "batch_size", "bins", "contexts", "scored"), COUNT),
 )
