@@ -239,7 +239,7 @@ def _progress(subject: Subject) -> Progress:
 
 
 def comparison_columns(modes: Sequence[TTTMode]) -> list[tuple[str, str]]:
-    """Columns of ``comparison``, narrow: score (percent) and answer loss of each reading."""
+    """Return the columns of ``comparison``: score (percent) and answer loss of each reading."""
     names = [MODE_NAMES[mode].removeprefix("ttt ") for mode in modes]
     columns = [(f"{name}, %", ".1f") for name in names]
     columns += [(f"{name}, loss", ".3f") for name in names]
@@ -249,34 +249,31 @@ def comparison_columns(modes: Sequence[TTTMode]) -> list[tuple[str, str]]:
 
 
 def comparison(answered: Sequence[Answered], modes: Sequence[TTTMode]) -> list[Any]:
-    """One row of a table: means over samples, and over the samples' differences."""
+    """Return a row of a table: means over samples, and over the samples' differences."""
     row: list[Any] = [100 * mean_score(answered, mode) for mode in modes]
     row += [mean_loss(answered, mode) for mode in modes]
     if len(modes) == 2:
-        one, other = modes
-        differences = [a.replies[one].answer_loss - a.replies[other].answer_loss for a in answered]
-        row += [fmean(differences), _standard_error(differences)]
+        pairs = [[one.replies[mode].answer_loss for mode in modes] for one in answered]
+        differences = [on - off for on, off in pairs]
+        several = len(differences) > 1  # one sample says nothing about others
+        error = stdev(differences) / math.sqrt(len(differences)) if several else None
+        row += [fmean(differences), error]
     return row
 
 
 def mean_score(answered: Sequence[Answered], mode: TTTMode) -> float:
-    """0 to 1."""
+    """Return the mean over samples, 0 to 1."""
     return fmean(one.replies[mode].score for one in answered)
 
 
 def mean_loss(answered: Sequence[Answered], mode: TTTMode) -> float:
-    """Nats a token, every sample counting alike."""
+    """Return nats a token, every sample counting alike."""
     return fmean(one.replies[mode].answer_loss for one in answered)
 
 
 def means(answered: Sequence[Answered], modes: Sequence[TTTMode]) -> dict[str, Any]:
-    """For the JSON file."""
+    """Return both for the JSON file."""
     return {
         mode.value: {"score": mean_score(answered, mode), "answer_loss": mean_loss(answered, mode)}
         for mode in modes
     }
-
-
-def _standard_error(differences: Sequence[float]) -> float | None:
-    """None for one sample, which says nothing about others."""
-    return stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None

@@ -1,29 +1,34 @@
 """All figures of a health report: of states, of the gradient, of the loss without fast weights.
 
-One training step's forward and backward over the rows, without an optimizer, gives every figure
-(``health_probe.py``, ``health_gradient.py``), a second forward without fast weights the loss to
-compare with.
+One training step's forward and backward over the rows, without an optimizer, gives every figure:
+Megatron's schedule, gradient buffers and their reduction, the loss per counted token over all rows
+and ranks; ``health_probe.py`` looks at the states. A second forward without fast weights gives the
+loss to compare with.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import TTTMode
+from megatron_ttt.config.to_megatron import ddp_config
 from megatron_ttt.data.rows import Batch
-from megatron_ttt.evaluation.health_advice import Health, LayerHealth
-from megatron_ttt.evaluation.health_gradient import (
-    GradientSquares,
-    loss_and_gradient,
-    loss_without_fast_weights,
-)
+from megatron_ttt.evaluation.health_advice import PARTS, Health, LayerHealth
 from megatron_ttt.evaluation.health_probe import FIGURES, StateProbe, chosen_places
+from megatron_ttt.evaluation.losses import forward_step
 from megatron_ttt.evaluation.subject import Subject
+from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
+from megatron_ttt.model.initialize import global_parameters, sharded_dim
+from megatron_ttt.training.step import LossSum, run_micro_batches
 
 
 def measure_health(subject: Subject, rows: list[Batch], *, positions: int) -> Health:
@@ -100,3 +105,70 @@ def _shares(gradient: GradientSquares, layer: int) -> dict[str, float]:
     if gradient.total == 0:
         return {}
     return {part: square / gradient.total for part, square in gradient.layers[layer].items()}
+
+
+@dataclass(frozen=True)
+class GradientSquares:
+    """Squared norms of the gradient of the loss per token, over all tensor ranks.
+
+    Attributes:
+        layers: by fast layer (from 0), of each of :data:`PARTS` that it has.
+        total: of all parameters of the model.
+    """
+
+    layers: dict[int, dict[str, float]]
+    total: float
+
+
+def loss_without_fast_weights(subject: Subject, rows: Sequence[Batch]) -> LossSum:
+    """Loss over the rows of all ranks, from the same weights, nothing written."""
+    model = subject.model
+    step = forward_step(subject, TTTMode.off)
+    with torch.no_grad():
+        sums = run_micro_batches(
+            step, model, iter(rows), micro_batches=len(rows), forward_only=True
+        )
+    return LossSum.over(subject.ranks, sums)
+
+
+def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum, GradientSquares]:
+    """Loss over the rows of all ranks with fast weights, and its gradient's parts.
+
+    Every rank calls this with at least one micro-batch; ranks may have different numbers of them.
+    The model keeps its gradient buffers afterwards.
+    """
+    model, config, groups = subject.model, subject.config, subject.ranks.groups
+    # Whole gradients on every rank, not a shard for an optimizer.
+    parallel = replace(config.parallel, distributed_optimizer=False)
+    settings = ddp_config(replace(config, parallel=parallel))
+    wrapped = DistributedDataParallel(model.config, settings, model, pg_collection=groups)
+    model.config.finalize_model_grads_func = finalize_model_grads
+    wrapped.zero_grad_buffer()
+    step = forward_step(subject, TTTMode.in_place)
+    sums = run_micro_batches(step, wrapped, iter(rows), micro_batches=len(rows), forward_only=False)
+    return LossSum.over(subject.ranks, sums), _squares(subject)
+
+
+def _squares(subject: Subject) -> GradientSquares:
+    """Split parameters are summed over tensor ranks; the others are equal there, counted once."""
+    named = dict(global_parameters(subject.model))
+    own = torch.stack([main_gradient(one).double().square().sum() for one in named.values()])
+    is_split = [sharded_dim(one) is not None for one in named.values()]
+    split = torch.tensor(is_split, device=own.device)
+    summed = own.clone()
+    dist.all_reduce(summed, group=subject.ranks.groups.tp)
+    squares = dict(zip(named, torch.where(split, summed, own).tolist(), strict=True))
+    layers: dict[int, dict[str, float]] = {}
+    for layer in subject.model.decoder.layers:
+        number = layer.layer_number - 1
+        names = {part: f"decoder.layers.{number}.{name}" for part, name in PARTS.items()}
+        if isinstance(layer.mlp, FastWeightMLP):
+            layers[number] = {part: squares[n] for part, n in names.items() if n in squares}
+    return GradientSquares(layers, sum(squares.values()))
+
+
+def main_gradient(parameter: torch.nn.Parameter) -> Tensor:
+    """Return where Megatron's buffers gather a parameter's gradient."""
+    gradient = getattr(parameter, "main_grad")  # noqa: B009
+    assert isinstance(gradient, Tensor)
+    return gradient

@@ -60,6 +60,13 @@ class Losses:
         return (difference_NP.std(dim=0) / math.sqrt(rows)).tolist()
 
 
+def forward_step(subject: Subject, mode: TTTMode) -> ForwardStep:
+    """Return what reads micro-batches as training does, with fast weights on or off."""
+    config, ranks = subject.config, subject.ranks
+    scan = scan_settings(config.parallel, ranks.scan_group)
+    return ForwardStep(config, ranks, scan=scan, mode=mode)
+
+
 @torch.no_grad()
 def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_size: int) -> Losses:
     """Loss of predicting every token of the rows, in bins of one position.
@@ -67,11 +74,8 @@ def measure_losses(subject: Subject, text: TextRows, *, mode: TTTMode, batch_siz
     Called on every rank; rows are dealt to data-parallel ranks, each row's tokens to context-
     parallel ranks as in training.
     """
-    config, ranks = subject.config, subject.ranks
+    ranks, step = subject.ranks, forward_step(subject, mode)
     rows, length = text.tokens_NR.shape[0], text.tokens_NR.shape[1] - 1
-    step = ForwardStep(
-        config, ranks, scan=scan_settings(config.parallel, ranks.scan_group), mode=mode
-    )
     served = subject.through is Through.transformers
     sums_2NT = torch.zeros(2, rows, length, dtype=torch.float64, device=ranks.device)
     for batch in batches(text, subject=subject, batch_size=batch_size):
