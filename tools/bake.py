@@ -38,31 +38,18 @@ EXPORTED = ".exported"  # beside the output, while a Megatron checkpoint is bake
 
 @dataclass
 class Keys:
-    """Read a text and fold the fast weights into W0.
+    """Read a text and fold the fast weights into W0."""
 
-    Attributes:
-        checkpoint: an exported model, a Megatron checkpoint, or a run
-        output: folder of the plain checkpoint; must not exist
-        read: file with the text
-        memory: file; start from its fast weights
-        probe: file that is compared on; null: the text's end
-        probe_tokens: tokens of it
-        tokenizer: bytes, a folder or a name; null: the model's
-        bos: before a text: model, add or none; null: as in training
-        beyond_positions: read more tokens than the model has positions
-        device: null: a GPU if there is one
-    """
-
-    checkpoint: Path = MISSING
-    output: Path = MISSING
-    read: Path | None = None
-    memory: Path | None = None
-    probe: Path | None = None
-    probe_tokens: int = 256
-    tokenizer: str | None = None
-    bos: Bos | None = None
-    beyond_positions: bool = False
-    device: str | None = None
+    checkpoint: Path = MISSING  # an exported model, a Megatron checkpoint, or a run
+    output: Path = MISSING  # folder of the plain checkpoint; must not exist
+    read: Path | None = None  # file with the text
+    memory: Path | None = None  # file; start from its fast weights
+    probe: Path | None = None  # file that is compared on; null: the text's end
+    probe_tokens: int = 256  # tokens of it
+    tokenizer: str | None = None  # bytes, a folder or a name; null: the model's
+    bos: Bos | None = None  # before a text; null: as in training
+    beyond_positions: bool = False  # read more tokens than the model has positions
+    device: str | None = None  # null: a GPU if there is one
     ttt: ReadingRule = field(default_factory=ReadingRule)
 
 

@@ -32,13 +32,9 @@ from megatron_ttt.scan_words import SequenceOrder
 
 @dataclass
 class Measured:
-    """Keys of every benchmark.
+    """Keys of every benchmark."""
 
-    Attributes:
-        output: JSON file for every number
-    """
-
-    output: Path | None = None
+    output: Path | None = None  # JSON file for every number
 
     def options(self) -> dict[str, Any]:
         """Return the keys of what is measured."""
@@ -61,24 +57,16 @@ class Measured:
 
 @dataclass
 class Layer(Measured):
-    """Measure forward and backward of one layer: ours, the materialising one and a dense one.
-
-    Attributes:
-        chunk: tokens of a chunk
-        part: projection, or mlp, the whole layer
-        dtype: fp32, bf16 or fp64
-        device: cpu or cuda
-        repeats: measured rounds
-    """
+    """Measure forward and backward of one layer: ours, the materialising one and a dense one."""
 
     hidden: int = 512
     ffn: int = 1536
     tokens: int = 8192
-    chunk: int = 256
-    part: str = "projection"
-    dtype: str = "fp32"
-    device: str = "cpu"
-    repeats: int = 5
+    chunk: int = 256  # tokens of a chunk
+    part: str = "projection"  # projection, or mlp, the whole layer
+    dtype: str = "fp32"  # fp32, bf16 or fp64
+    device: str = "cpu"  # cpu or cuda
+    repeats: int = 5  # measured rounds
 
 
 def run_layer(keys: Layer) -> int:
@@ -97,17 +85,12 @@ def run_layer(keys: Layer) -> int:
 
 @dataclass
 class Checkpoint(Measured):
-    """Measure how long a step waits for a checkpoint, saved in the background and not.
-
-    Attributes:
-        repeats: saves in each mode
-        folder: on the file system to measure; null: a temporary one
-    """
+    """Measure how long a step waits for a checkpoint, saved in the background and not."""
 
     hidden: int = 512
     layers: int = 8
-    repeats: int = 3
-    folder: Path | None = None
+    repeats: int = 3  # saves in each mode
+    folder: Path | None = None  # on the file system to measure; null: a temporary one
 
 
 def run_checkpoint(keys: Checkpoint) -> int:
@@ -130,17 +113,11 @@ def run_checkpoint(keys: Checkpoint) -> int:
 
 @dataclass
 class Conversion(Measured):
-    """Measure a random checkpoint of real shapes, to Megatron and back: time and peak memory.
+    """Measure a random checkpoint of real shapes, to Megatron and back: time and peak memory."""
 
-    Attributes:
-        model: of configs/model
-        folder: for three times the checkpoint's size; must not exist, is removed afterwards
-        verify: also an import with verify=true
-    """
-
-    model: str = "qwen3_4b"
-    folder: Path = Path("outputs/benchmark_conversion")
-    verify: bool = False
+    model: str = "qwen3_4b"  # of configs/model
+    folder: Path = Path("outputs/benchmark_conversion")  # must not exist; removed afterwards
+    verify: bool = False  # also an import with verify=true
 
 
 def run_conversion(keys: Conversion) -> int:
@@ -163,24 +140,16 @@ def run_conversion(keys: Conversion) -> int:
 
 @dataclass
 class Decoding(Measured):
-    """Measure what a generated token costs, with fast weights on and off.
-
-    Attributes:
-        chunk: tokens of a chunk and of a round
-        batch: rows
-        rounds: measured
-        dtype: fp32 or bf16
-        device: cpu or cuda
-    """
+    """Measure what a generated token costs, with fast weights on and off."""
 
     hidden: int = 512
     ffn: int = 1536
     layers: int = 12
-    chunk: int = 128
-    batch: list[int] = field(default_factory=lambda: [1, 4])
-    rounds: int = 5
-    dtype: str = "fp32"
-    device: str = "cpu"
+    chunk: int = 128  # tokens of a chunk and of a round
+    batch: list[int] = field(default_factory=lambda: [1, 4])  # rows
+    rounds: int = 5  # measured
+    dtype: str = "fp32"  # fp32 or bf16
+    device: str = "cpu"  # cpu or cuda
 
 
 def run_decoding(keys: Decoding) -> int:
@@ -203,21 +172,13 @@ def run_decoding(keys: Decoding) -> int:
 
 @dataclass
 class Scan(Measured):
-    """Measure the scan's links and algorithms beside the cost model's prediction.
+    """Measure the scan's links and algorithms beside the cost model's prediction."""
 
-    Attributes:
-        ranks: local processes; under torchrun its own
-        state_mb: one rank's state
-        order: zigzag or contiguous
-        repeats: measured rounds
-        write_constants: file, for parallel.scan_constants
-    """
-
-    ranks: int = 4
-    state_mb: float = 25.0
+    ranks: int = 4  # local processes; under torchrun its own
+    state_mb: float = 25.0  # one rank's state
     order: SequenceOrder = SequenceOrder.zigzag
-    repeats: int = 9
-    write_constants: Path | None = None
+    repeats: int = 9  # measured rounds
+    write_constants: Path | None = None  # file, for parallel.scan_constants
 
 
 def run_scan(keys: Scan) -> int:
@@ -233,14 +194,10 @@ class CountedStep(Measured):
     """Count kernels, bytes, FLOPs, waits and memory of one micro-batch, without a GPU.
 
     All other keys are those of launch/pretrain.py.
-
-    Attributes:
-        model: of configs/model
-        documents: in each row, equally long
     """
 
-    model: str = "qwen3_4b"
-    documents: int = 1
+    model: str = "qwen3_4b"  # of configs/model
+    documents: int = 1  # in each row, equally long
     overrides: list[str] = field(default_factory=list)
 
 

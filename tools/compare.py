@@ -21,15 +21,10 @@ from megatron_ttt.evaluation.report import print_report, write_report
 
 @dataclass
 class Keys:
-    """Compare results of runs: words without KEY= are their files.
+    """Compare results of runs: words without KEY= are their files."""
 
-    Attributes:
-        results: files perplexity.json
-        output: folder for comparison.json and comparison.png
-    """
-
-    results: list[Path] = MISSING
-    output: Path | None = None
+    results: list[Path] = MISSING  # files perplexity.json
+    output: Path | None = None  # folder for comparison.json and comparison.png
 
 
 def run(keys: Keys) -> int:

@@ -51,77 +51,47 @@ class Dtype(Enum):
 
 @dataclass
 class Rule:
-    """The update rule of an import.
+    """The update rule of an import."""
 
-    Attributes:
-        layers: that get a target generator, [] for none; null: the source's, or every sixth
-        chunk_size: instead of the source's
-        eta: instead of the source's
-    """
-
-    layers: list[int] | None = None
-    chunk_size: int | None = None
-    eta: float | None = None
+    layers: list[int] | None = None  # null: the source's, or every sixth; []: none
+    chunk_size: int | None = None  # instead of the source's
+    eta: float | None = None  # instead of the source's
 
 
 @dataclass
 class Conversion:
-    """Keys of both directions.
+    """Keys of both directions."""
 
-    Attributes:
-        checkpoint: a Hugging Face folder to import; an import or a training run to export
-        output: folder; for checkpoint.load=, or for transformers
-        verify: run both models on the same tokens, layer by layer, before output becomes visible
-        dry_run: print the mapping, write nothing
-    """
-
-    checkpoint: Path = MISSING
-    output: Path = MISSING
-    verify: bool = False
-    dry_run: bool = False
+    checkpoint: Path = MISSING  # what is converted; to export, also a run
+    output: Path = MISSING  # folder; for checkpoint.load=, or for transformers
+    verify: bool = False  # run both models, layer by layer, before output becomes visible
+    dry_run: bool = False  # print the mapping, write nothing
 
 
 @dataclass
 class Import(Conversion):
-    """Make a Megatron checkpoint of a Hugging Face folder.
+    """Make a Megatron checkpoint of a Hugging Face folder."""
 
-    Attributes:
-        model: a model of configs/model that must be the checkpoint's
-        seed: of a new target generator; train.seed draws the same
-    """
-
-    model: str | None = None
-    seed: int = 1234
+    model: str | None = None  # a model of configs/model that must be the checkpoint's
+    seed: int = 1234  # of a new target generator; train.seed draws the same
     ttt: Rule = field(default_factory=Rule)
 
 
 @dataclass
 class Export(Conversion):
-    """Make a Hugging Face folder of a Megatron checkpoint.
+    """Make a Hugging Face folder of a Megatron checkpoint."""
 
-    Attributes:
-        tokenizer: folder with tokenizer and generation files; null: where the checkpoint began
-        dtype: of the exported tensors, bf16, fp16 or fp32; null: as stored
-        style: package, the classes of megatron_ttt.hf; or reference, the plain architecture with
-            ttt_* keys, for the published reference implementation
-        shard_gib: largest file of weights
-    """
-
-    tokenizer: Path | None = None
-    dtype: Dtype | None = None
-    style: Style = Style.package
-    shard_gib: float = 4.0
+    tokenizer: Path | None = None  # a folder; null: where the checkpoint began
+    dtype: Dtype | None = None  # of the exported tensors; null: as stored
+    style: Style = Style.package  # reference: for the published implementation
+    shard_gib: float = 4.0  # largest file of weights
 
 
 @dataclass
 class Diff:
-    """Compare two checkpoints of either kind: words without KEY= are their folders.
+    """Compare two checkpoints of either kind: words without KEY= are their folders."""
 
-    Attributes:
-        folders: the two
-    """
-
-    folders: list[Path] = MISSING
+    folders: list[Path] = MISSING  # the two
 
 
 def run_import(keys: Import) -> int:

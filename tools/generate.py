@@ -58,64 +58,36 @@ class Dtype(Enum):
 
 @dataclass
 class Parallel:
-    """Ranks of a Megatron checkpoint.
+    """Ranks of a Megatron checkpoint."""
 
-    Attributes:
-        tp: ranks that share each layer
-        cp: ranks that share the rows' tokens
-    """
-
-    tp: int = 1
-    cp: int = 1
+    tp: int = 1  # ranks that share each layer
+    cp: int = 1  # ranks that share the rows' tokens
 
 
 @dataclass
 class Keys:
-    """Read a prompt and go on.
+    """Read a prompt and go on."""
 
-    Attributes:
-        checkpoint: an exported model, a Megatron checkpoint, or a run
-        prompt: repeat it for a batch of rows
-        prompt_file: a prompt as long as a file
-        read: file that every row reads before its prompt
-        tokenizer: bytes, a folder or a name; null: the model's
-        bos: before a prompt: model, add or none (docs/inference.md); null: as in training
-        special_tokens: spelled in a prompt: read as characters, or as tokens
-        max_new_tokens: after each prompt
-        temperature: 0: the most likely token
-        top_k: tokens that are drawn from
-        top_p: share of the probability that is drawn from
-        seed: of the draws
-        stop_token: ids that end a row; null: the model's
-        session: file; continue it if it exists, save it at the end
-        memory: file; start with its fast weights
-        save_memory: file; save the fast weights at the end
-        rest: the memory's unfinished chunk: flush or drop
-        beyond_positions: read more tokens than the model has positions
-        dtype: of an exported model: auto, bf16, fp16 or fp32
-        device: of an exported model; null: a GPU if there is one
-    """
-
-    checkpoint: Path = MISSING
-    prompt: list[str] = field(default_factory=list)
-    prompt_file: Path | None = None
-    read: Path | None = None
-    tokenizer: str | None = None
-    bos: Bos | None = None
-    special_tokens: Spelled = Spelled.characters
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int = 1234
-    stop_token: list[int] | None = None
-    session: Path | None = None
-    memory: Path | None = None
-    save_memory: Path | None = None
-    rest: Rest = Rest.flush
-    beyond_positions: bool = False
-    dtype: Dtype = Dtype.auto
-    device: str | None = None
+    checkpoint: Path = MISSING  # an exported model, a Megatron checkpoint, or a run
+    prompt: list[str] = field(default_factory=list)  # repeat it for a batch of rows
+    prompt_file: Path | None = None  # a prompt as long as a file
+    read: Path | None = None  # file that every row reads before its prompt
+    tokenizer: str | None = None  # bytes, a folder or a name; null: the model's
+    bos: Bos | None = None  # before a prompt; null: as in training
+    special_tokens: Spelled = Spelled.characters  # as what those in a prompt are read
+    max_new_tokens: int = 128  # after each prompt
+    temperature: float = 0.0  # 0: the most likely token
+    top_k: int | None = None  # tokens that are drawn from
+    top_p: float | None = None  # share of the probability that is drawn from
+    seed: int = 1234  # of the draws
+    stop_token: list[int] | None = None  # ids that end a row; null: the model's
+    session: Path | None = None  # file; continue it if it exists, save it at the end
+    memory: Path | None = None  # file; start with its fast weights
+    save_memory: Path | None = None  # file; save the fast weights at the end
+    rest: Rest = Rest.flush  # the memory's unfinished chunk
+    beyond_positions: bool = False  # read more tokens than the model has positions
+    dtype: Dtype = Dtype.auto  # of an exported model
+    device: str | None = None  # of an exported model; null: a GPU if there is one
     ttt: ReadingRule = field(default_factory=ReadingRule)
     parallel: Parallel = field(default_factory=Parallel)
 

@@ -21,27 +21,18 @@ from megatron_ttt.config.schema import Config
 
 @dataclass
 class ModelKeys:
-    """Print what a configuration would build, for any number of ranks.
+    """Print what a configuration would build, for any number of ranks."""
 
-    Attributes:
-        ranks: processes; null: one copy of the model
-    """
-
-    ranks: int | None = None
+    ranks: int | None = None  # processes; null: one copy of the model
     overrides: list[str] = field(default_factory=list)
 
 
 @dataclass
 class ScanKeys:
-    """Print what the scan costs on 2 to 4096 ranks; constants from parallel.scan_constants.
+    """Print what the scan costs on 2 to 4096 ranks; constants from parallel.scan_constants."""
 
-    Attributes:
-        tflops: achieved per device
-        plot: PNG file; also draw it
-    """
-
-    tflops: float = 400.0
-    plot: Path | None = None
+    tflops: float = 400.0  # achieved per device
+    plot: Path | None = None  # PNG file; also draw it
     overrides: list[str] = field(default_factory=list)
 
 

@@ -34,42 +34,23 @@ LOG_SECONDS = 10.0  # between two progress lines where there is no terminal
 
 @dataclass
 class Keys:
-    """Tokenise files: words without KEY= are files, or folders to search.
+    """Tokenise files: words without KEY= are files, or folders to search."""
 
-    Attributes:
-        inputs: files, or folders to search
-        output: PREFIX; writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json
-        format: auto, by suffix and content; text, jsonl or parquet
-        pattern: file names taken from folders, such as '*.md'; null: by format
-        json_key: field of a JSONL record
-        column: column of a Parquet file
-        tokenizer: bytes, a folder with tokenizer.json, or a Hugging Face hub name
-        bos: before a document: what the tokenizer adds itself (model), its beginning-of-sequence
-            token (add), or nothing (none)
-        eod_id: end of document; null: end of sequence
-        pad_id: padding, if the tokenizer has none of its own
-        align: pad documents to multiples of so many tokens, as ttt.chunk_size; 0: off
-        on_error: skip damaged documents, or stop
-        workers: processes
-        shard_bytes: input per unit of work; null: by size
-        overwrite: replace a dataset at PREFIX
-    """
-
-    inputs: list[str] = MISSING
-    output: str = MISSING
-    format: InputFormat = InputFormat.auto
-    pattern: str | None = None
-    json_key: str = "text"
-    column: str = "text"
-    tokenizer: str = "bytes"
-    bos: Bos = Bos.model
-    eod_id: int | None = None
-    pad_id: int | None = None
-    align: int = 0
-    on_error: OnError = OnError.skip
-    workers: int = 1
-    shard_bytes: int | None = None
-    overwrite: bool = False
+    inputs: list[str] = MISSING  # files, or folders to search
+    output: str = MISSING  # PREFIX; writes PREFIX.bin, PREFIX.idx and PREFIX.meta.json
+    format: InputFormat = InputFormat.auto  # auto: by suffix and content
+    pattern: str | None = None  # file names taken from folders, such as '*.md'; null: by format
+    json_key: str = "text"  # field of a JSONL record
+    column: str = "text"  # column of a Parquet file
+    tokenizer: str = "bytes"  # bytes, a folder with tokenizer.json, or a Hugging Face hub name
+    bos: Bos = Bos.model  # before a document; model: what the tokenizer itself adds
+    eod_id: int | None = None  # end of document; null: end of sequence
+    pad_id: int | None = None  # padding, if the tokenizer has none of its own
+    align: int = 0  # pad documents to multiples of so many tokens, as ttt.chunk_size; 0: off
+    on_error: OnError = OnError.skip  # at a damaged document
+    workers: int = 1  # processes
+    shard_bytes: int | None = None  # input per unit of work; null: by size
+    overwrite: bool = False  # replace a dataset at PREFIX
 
 
 EFFECTS = {

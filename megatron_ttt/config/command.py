@@ -11,10 +11,13 @@ one line of warning. No torch.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -36,7 +39,7 @@ class Command(Generic[Keys]):
     """One command of a program.
 
     Attributes:
-        keys: the dataclass of its keys; ``Attributes:`` of its docstring says what they mean.
+        keys: the dataclass of its keys; the comments behind them say what they mean.
         run: of the checked keys; returns the exit status.
         bounds: of the numbers.
         effects: conditions of keys; a key without one always acts.
@@ -302,28 +305,24 @@ def _first_line(keys: type) -> str:
 
 
 def _help(command: Command[Any], about: str | None) -> Iterator[str]:
-    """Yield the docstrings and a line for each key."""
+    """Yield the docstrings and a line for each key, with the comment behind it."""
     yield f"{(about or '').strip()}\n\n{_first_line(command.keys)}\n"
-    meanings = _meanings(command.keys)
+    meanings, types = _meanings(command.keys), key_types(command.keys)
     for key, value in flat_values(command.keys()):
         if key == command.passes:
             continue
         default = "..." if value == "???" else show(value)
-        yield f"  {f'{key}={default}':<32} {meanings.get(key, '')}".rstrip()
+        kind, meaning = strip_optional(types[key]), meanings.get(key, "")
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            meaning = f"{', '.join(kind.__members__)}; {meaning}".rstrip("; ")
+        yield f"  {f'{key}={default}':<32} {meaning}".rstrip()
 
 
 def _meanings(keys: type) -> dict[str, str]:
-    """Return what ``Attributes:`` of the docstrings says of each key, also of nested ones."""
+    """Return the comment behind each key, also of nested and inherited ones."""
     found: dict[str, str] = {}
-    for owner in reversed(keys.__mro__):
-        _, _, section = (owner.__doc__ or "").partition("Attributes:")
-        key = ""
-        for line in section.splitlines():
-            name, colon, text = line.strip().partition(": ")
-            if colon and line.startswith(" " * 8) and not line.startswith(" " * 9):
-                key, found[name] = name, text
-            elif line.strip() and key:
-                found[key] += f" {line.strip()}"
+    for owner in reversed(keys.__mro__[:-1]):
+        found |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE)
     for name, kind in typing.get_type_hints(keys).items():
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             found |= {f"{name}.{inner}": text for inner, text in _meanings(kind).items()}

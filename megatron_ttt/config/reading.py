@@ -36,32 +36,20 @@ class ReadingMode(Enum):
 
 @dataclass
 class ClipChanges:
-    """Keys ``ttt.clip.*``; null: as the checkpoint says.
-
-    Attributes:
-        mode: off, relative or absolute
-        bound: of what a chunk writes
-    """
+    """Keys ``ttt.clip.*``; null: as the checkpoint says."""
 
     mode: ClipMode | None = None
-    bound: float | None = None
+    bound: float | None = None  # of what a chunk writes, over norm(W0) or absolute
 
 
 @dataclass
 class ReadingRule:
-    """Keys ``ttt.*`` of a program that reads a checkpoint; null: as the checkpoint says.
+    """Keys ``ttt.*`` of a program that reads a checkpoint; null: as the checkpoint says."""
 
-    Attributes:
-        mode: in_place or off; both: as trained, compared with off where a program compares
-        eta: instead of the checkpoint's, as the keys below
-        chunk_size: tokens
-        decay: per chunk, 1 keeps everything
-    """
-
-    mode: ReadingMode = ReadingMode.both
-    eta: float | None = None
-    chunk_size: int | None = None
-    decay: float | None = None
+    mode: ReadingMode = ReadingMode.both  # both: as trained, and off where a program compares
+    eta: float | None = None  # null, here and below: as the checkpoint says
+    chunk_size: int | None = None  # tokens
+    decay: float | None = None  # per chunk; 1 keeps everything
     clip: ClipChanges = field(default_factory=ClipChanges)
 
 

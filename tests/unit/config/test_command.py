@@ -22,15 +22,9 @@ class Rest(Enum):
 
 @dataclass
 class Keys:
-    """Read a checkpoint.
+    """Read a checkpoint."""
 
-    Attributes:
-        checkpoint: a folder,
-            or a run
-        prompt: repeat it for rows
-    """
-
-    checkpoint: Path = MISSING
+    checkpoint: Path = MISSING  # a folder, or a run
     prompt: list[str] = field(default_factory=list)
     tokenizer: str | None = "bytes"
     steps: int = 3
@@ -157,7 +151,7 @@ def test_words_without_a_key_are_files(tmp_path: Path, monkeypatch: pytest.Monke
     assert run_command(["a", "outptu=o"], command, None) == 2
 
 
-def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_says_what_the_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
     program = Program()
     assert run_command(["--help"], {"read": program.command}, "About.") == 0
     assert "read              Read a checkpoint." in capsys.readouterr().out
@@ -166,4 +160,5 @@ def test_help_says_what_the_docstrings_say(capsys: pytest.CaptureFixture[str]) -
     assert lines[0] == "About."
     (line,) = [line for line in lines if "checkpoint=" in line]
     assert line.split(maxsplit=1) == ["checkpoint=...", "a folder, or a run"]
+    assert any(line.split() == ["rest=flush", "flush,", "drop"] for line in lines)
     assert any("ttt.decay=null" in line for line in lines) and program.keys is None
