@@ -9,7 +9,8 @@ from megatron_ttt.data.indexed import bin_path, idx_path, sidecar_path
 from megatron_ttt.data.inputs import InputFile
 
 # What a job leaves in its folder; anything else there is somebody's own.
-_OURS = re.compile(r"(shard-\d{6}|merged|manifest)(\.\w+)*(\.new)?|publishing|lock")
+# A leading dot is that of a file that was being replaced when its process was killed.
+_OURS = re.compile(r"\.?(shard-\d{6}|merged|manifest)(\.\w+)*(\.new)?|publishing|lock")
 
 
 def check_output(output: str, folder: Path, files: Sequence[InputFile], *, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ from megatron_ttt.data.inputs import InputFormat
 from megatron_ttt.data.preprocessing import PreprocessOptions, Progress, preprocess
 from megatron_ttt.data.shards import OnError
 from megatron_ttt.data.tokenizers import HuggingFaceTokenizer
+from megatron_ttt.files import replacing
 from tests.unit.data.helpers import make_text, save_tokenizer, store_truncation
 
 TEXTS = [make_text(i, 3 + i % 9) for i in range(60)]
@@ -358,6 +359,15 @@ def test_a_prefix_that_names_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"y\.bin is a folder: choose another"):
         preprocess(options(tmp_path, path, output=f"{tmp_path}/y", overwrite=True))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.jsonl", "y.bin"]
+
+
+def test_what_a_killed_replacement_leaves_is_the_jobs(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with replacing(tmp_path / "out.partial" / "shard-000005.json") as beside:
+        beside.write_text("{}")
+    beside.write_text("{")  # as if the process had been killed before the end
+    preprocess(options(tmp_path, as_jsonl(tmp_path / "x.jsonl")))
+    assert not beside.parent.exists()
 
 
 @pytest.mark.parametrize("link", [False, True])
