@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from omegaconf import MISSING
 from rich.console import Console
 
-from megatron_ttt.checkpoints.run_files import checkpoint_folder
 from megatron_ttt.config.bounds import COUNT
 from megatron_ttt.config.command import Command, run_command
 from megatron_ttt.config.faults import ConfigError, Fault
@@ -62,20 +61,18 @@ def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokeni
     Raises:
         ValueError: the folder holds no model or is damaged, or the place beside is taken.
     """
-    if (model / "config.json").is_file():
+    from megatron_ttt.conversion.opened import find_folder, open_checkpoint
+
+    model, is_exported = find_folder(model)
+    if is_exported:
         yield model, None
         return
-    if not (model / "metadata.json").is_file():
-        raise ValueError(
-            f"{model}: neither config.json nor metadata.json: this is no model's folder"
-        )
     folder = destination.with_name(destination.name + EXPORTED)
     if folder.exists():  # somebody's own: neither written into nor removed at the end
         raise ValueError(f"{folder}: exists, and is needed for as long as this lasts")
     from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
     from megatron_ttt.conversion.exporting import HFView, Style, export_checkpoint
     from megatron_ttt.conversion.manifest import described_model, origin
-    from megatron_ttt.conversion.opened import open_checkpoint
 
     source = MegatronFolder(model)
     try:
@@ -176,10 +173,9 @@ def show(report: "BakeReport", destination: Path) -> None:
 
 def run(keys: Keys) -> int:
     """Bake and print."""
-    checkpoint = checkpoint_folder(keys.checkpoint)
     quiet_libraries()
     check(keys)
-    with exported(checkpoint, keys.output) as (folder, tokenizer):
+    with exported(keys.checkpoint, keys.output) as (folder, tokenizer):
         report = baked(keys, folder, tokenizer)
     show(report, keys.output)
     return 0

@@ -99,15 +99,17 @@ def run_import(keys: Import) -> int:
     from megatron_ttt.conversion.hf_config import check_agreement
     from megatron_ttt.conversion.hf_folder import HFFolder
     from megatron_ttt.conversion.importing import import_checkpoint
+    from megatron_ttt.conversion.opened import find_folder
     from megatron_ttt.conversion.source import MegatronView, described_ttt
 
-    source, rule = HFFolder(keys.checkpoint), keys.ttt
+    folder, _ = find_folder(keys.checkpoint)
+    source, rule = HFFolder(folder), keys.ttt
     layers = None if rule.layers is None else sorted(set(rule.layers))
     target, wanted = described_ttt(source, layers=layers, chunk_size=rule.chunk_size, eta=rule.eta)
-    name = keys.model or keys.checkpoint.resolve().name
+    name = keys.model or folder.resolve().name
     view = MegatronView(source, target=target, seed=keys.seed, name=name)
     if keys.model is not None:
-        check_agreement(_configured_model(keys.model), view.model, str(keys.checkpoint))
+        check_agreement(_configured_model(keys.model), view.model, str(folder))
     if keys.dry_run:
         rows = [
             (t.megatron, t.shape, _origin(t.sources, t.megatron in view.drawn))

@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from omegaconf import MISSING
 
-from megatron_ttt.checkpoints.run_files import checkpoint_folder
 from megatron_ttt.config.bounds import COUNT, INT32, RANKS, SEED, Bound
 from megatron_ttt.config.command import Command, run_command
 from megatron_ttt.config.effects import Condition
@@ -117,9 +116,11 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
     Raises:
         ValueError: the folder holds no model, or the ranks do not fit.
     """
-    folder: Path = checkpoint_folder(keys.checkpoint)
+    from megatron_ttt.conversion.opened import find_folder
+
+    folder, is_exported = find_folder(keys.checkpoint)
     ranks = launched().world_size
-    if (folder / "metadata.json").is_file():
+    if not is_exported:
         needed = keys.parallel.tp * keys.parallel.cp
         if ranks != needed:
             sizes = f"parallel.tp={keys.parallel.tp} parallel.cp={keys.parallel.cp}"
@@ -133,7 +134,7 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
             folder, tp=keys.parallel.tp, cp=keys.parallel.cp, rule=keys.ttt
         ) as backend:
             yield backend
-    elif (folder / "config.json").is_file():
+    else:
         if ranks != 1 or keys.parallel.tp * keys.parallel.cp != 1:
             raise ValueError("an exported model is read by one process; ranks are for Megatron's")
         import torch
@@ -146,10 +147,6 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
             rule=keys.ttt,
             dtype=name if name == "auto" else getattr(torch, name),
             device=torch.device(keys.device) if keys.device else None,
-        )
-    else:
-        raise ValueError(
-            f"{folder}: neither config.json nor metadata.json: this is no model's folder"
         )
 
 

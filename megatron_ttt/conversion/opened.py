@@ -61,9 +61,8 @@ def open_checkpoint(named: str | Path) -> Checkpoint:
     Raises:
         ConfigError: there is no such folder, it is damaged, or does not say what it holds.
     """
-    text = str(named)
-    path = checkpoint_folder(Path(text.removeprefix(HF_SCHEME)))
-    if text.startswith(HF_SCHEME) or holds_hugging_face(path):
+    path, is_hugging_face = find_folder(named)
+    if is_hugging_face:
         return _hugging_face(path)
     folder = MegatronFolder(path)
     model, ttt = described_model(folder)
@@ -71,6 +70,17 @@ def open_checkpoint(named: str | Path) -> Checkpoint:
     run = parent.parent if parent.name == CHECKPOINTS else None
     name = path.name if run is None else run.name
     return Checkpoint(path, name, run, folder, model, ttt, folder.facts.get("config", {}))
+
+
+def find_folder(named: str | Path) -> tuple[Path, bool]:
+    """Return the folder that a user means, and whether it is Hugging Face's.
+
+    Raises:
+        ConfigError: it is neither that nor a Megatron checkpoint.
+    """
+    text = str(named)
+    path = checkpoint_folder(Path(text.removeprefix(HF_SCHEME)))
+    return path, text.startswith(HF_SCHEME) or holds_hugging_face(path)
 
 
 def recorded_tokenizer(folder: MegatronFolder) -> ModelTokenizer:

@@ -205,7 +205,7 @@ def test_mistakes_take_one_line_and_leave_nothing(
     mistakes = [
         ([*places(model, out)], "there is nothing to fold: give read= or memory="),
         ([*places(model, tmp_path / "there"), *read], "there: exists"),
-        ([*places(tmp_path / "no", out), *read], "no: neither config.json nor metadata.json"),
+        ([*places(tmp_path / "no", out), *read], "no: is not a folder"),
         ([*places(plain, out), *read], "plain: has no fast weights to fold"),
         ([*places(model, out), f"read={text}"], "exported: has no tokenizer"),
         (

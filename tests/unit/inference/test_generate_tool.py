@@ -62,6 +62,7 @@ def test_greedy_text_is_that_of_transformers(
 ) -> None:
     wanted = text_of(model[0], PROMPT, NEW)
     assert generate(f"prompt={PROMPT}") == wanted + "\n"
+    assert generate(f"prompt={PROMPT}", f"checkpoint=hf:{model[1]}") == wanted + "\n"
     assert generate(f"prompt={PROMPT}", "ttt=off") != wanted + "\n"
     both = generate(f"prompt={PROMPT}", "prompt=short")
     assert both == f"--- 0\n{wanted}\n--- 1\n{text_of(model[0], 'short', NEW)}\n"
