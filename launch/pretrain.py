@@ -15,7 +15,7 @@ from megatron_ttt.training.quiet import quiet_libraries
 
 
 def pretrain(config: Config, given: Collection[str]) -> int:
-    """The training run; its exit status."""
+    """Return the training run; its exit status."""
     # torch and megatron-core take seconds to import: a mistake is reported before that
     quiet_libraries()
     order_launches(config.parallel)  # read when torch first touches the GPU

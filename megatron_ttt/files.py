@@ -32,7 +32,7 @@ class FileRecord:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; on success it is synced and takes the place of ``path``.
+    """Yield a path to write to; on success it is synced and takes the place of ``path``.
 
     Processes that replace the same file at once do not meet: the last one wins.
     """

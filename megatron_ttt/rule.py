@@ -107,7 +107,7 @@ class ParameterSpec:
     placement: Placement
 
     def sizes(self, hidden: int) -> tuple[int, ...]:
-        """The whole parameter's shape."""
+        """Return the whole parameter's shape."""
         return tuple(hidden if letter == "H" else int(letter) for letter in self.shape)
 
 
@@ -150,14 +150,14 @@ WRITE_TRAITS: dict[WriteKind, WriteTraits] = {
 
 
 def added_parameters(rule: UpdateRule) -> dict[str, ParameterSpec]:
-    """The parameters that the rule adds to a layer, by their names inside the MLP."""
+    """Return the parameters that the rule adds to a layer, by their names inside the MLP."""
     wanted = {CONV: rule.conv, PROJ: rule.proj}
     target = {name: spec for name, spec in TARGET_PARAMETERS.items() if wanted[name]}
     return target | write_parameters(rule)
 
 
 def write_parameters(rule: UpdateRule) -> dict[str, ParameterSpec]:
-    """The parameters of the write rule, without the target generator's."""
+    """Return the parameters of the write rule, without the target generator's."""
     return WRITE_TRAITS[rule.write.kind].parameters
 
 
@@ -169,7 +169,7 @@ HF_TARGETS = {
 
 
 def rule_from_keys(key: Callable[[str], Any]) -> UpdateRule:
-    """The update rule that the ``ttt_*`` keys of a ``config.json`` say.
+    """Return the update rule that the ``ttt_*`` keys of a ``config.json`` say.
 
     Args:
         key: gives the (valid) value of one, for example of ``"ttt_lr"``.
@@ -189,7 +189,7 @@ def rule_from_keys(key: Callable[[str], Any]) -> UpdateRule:
 
 
 def keys_of_rule(rule: UpdateRule) -> dict[str, Any]:
-    """The ``ttt_*`` keys of an update rule; the inverse of :func:`rule_from_keys`."""
+    """Return the ``ttt_*`` keys of an update rule; the inverse of :func:`rule_from_keys`."""
     return {
         "ttt_chunk": rule.chunk_size,
         "ttt_lr": rule.eta,
@@ -219,7 +219,7 @@ def added_start(name: str) -> Start | None:
 
 
 def default_layers(layers: int) -> list[int]:
-    """The layers with fast weights, from 0, where none are named."""
+    """Return the layers with fast weights, from 0, where none are named."""
     return list(range(0, layers, LAYER_INTERVAL))
 
 
@@ -235,7 +235,7 @@ def _write_identity(write: WriteSettings) -> str:
 
 
 def rule_identity(rule: UpdateRule) -> dict[str, Any]:
-    """What a state written under the rule depends on, as plain values."""
+    """Return what a state written under the rule depends on, as plain values."""
     clip = rule.clip
     off = clip.mode is ClipMode.off
     return {

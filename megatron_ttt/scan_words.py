@@ -14,8 +14,9 @@ class SequenceOrder(Enum):
 
 
 class ScanAlgorithm(Enum):
-    """Which program carries states across ranks; key ``parallel.scan``. ``auto``: the fastest by
-    the cost model.
+    """Which program carries states across ranks; key ``parallel.scan``.
+
+    ``auto``: the fastest by the cost model.
     """
 
     auto = "auto"

@@ -54,7 +54,7 @@ class Keys:
 
 @contextmanager
 def exported(model: Path, destination: Path) -> Iterator[tuple[Path, ModelTokenizer | None]]:
-    """A Hugging Face folder of the model, and its tokenizer where only Megatron's names it.
+    """Yield a Hugging Face folder of the model, and the tokenizer that Megatron's names.
 
     A Megatron checkpoint is exported beside the destination for as long as this lasts.
 
@@ -155,7 +155,7 @@ def baked(keys: Keys, folder: Path, known: ModelTokenizer | None) -> "BakeReport
 
 
 def show(report: "BakeReport", destination: Path) -> None:
-    """What a person wants to know of a baked model."""
+    """Print what a person wants to know of a baked model."""
 
     def said(distance: "Distance") -> str:
         return f"logits {distance.largest:.1e} of the largest, KL {distance.divergence:.1e} nats"

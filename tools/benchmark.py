@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures what the project claims about speed and memory.
+"""Measure what the project claims about speed and memory.
 
 python tools/benchmark.py fast-weight-layer chunk=64 part=mlp
 python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \\

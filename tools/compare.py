@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compares runs over seeds and settings by what task=perplexity of tools/evaluate.py wrote.
+"""Compare runs over seeds and settings by what task=perplexity of tools/evaluate.py wrote.
 
 python tools/compare.py outputs/evidence/micro/*/evaluation/perplexity.json \\
     output=outputs/evidence/micro

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts checkpoints between Hugging Face and Megatron, one tensor at a time, without a GPU.
+"""Convert checkpoints between Hugging Face and Megatron, one tensor at a time, without a GPU.
 
 python tools/convert_checkpoint.py import checkpoint=Qwen3-4B-Base output=checkpoints/qwen3_4b \\
     verify=true
@@ -199,7 +199,7 @@ def _configured_model(name: str) -> "ModelConfig":
 
 
 def _auto_map(model: "ModelConfig") -> Callable[[Path], None]:
-    """Adds the files by which an export runs where this package is not installed."""
+    """Return what adds the files by which an export runs where this package is not installed."""
     if importlib.util.find_spec("transformers") is None:
         message = "fast weights need transformers: pip install 'megatron_ttt[hf]'"
         raise ConfigError([Fault("style", "package", message)])
@@ -215,7 +215,7 @@ def _auto_map(model: "ModelConfig") -> Callable[[Path], None]:
 def _verifier(
     sides: Callable[[Any], tuple[Any, Any]], model: "ModelConfig", ttt: "TTTConfig"
 ) -> Callable[[Path], None]:
-    """Compares a finished folder, not visible yet, with the source.
+    """Return what compares a finished folder, not visible yet, with the source.
 
     ``sides`` takes the opened folder and returns (Hugging Face side, Megatron side).
     """
@@ -263,7 +263,7 @@ def _print_mapping(left: str, right: str, rows: list[tuple[str, tuple[int, ...],
 
 @contextmanager
 def _progress(total: int) -> Iterator["Report"]:
-    """A bar in bytes on the terminal; silent elsewhere."""
+    """Show a bar in bytes on the terminal; silent elsewhere."""
     from rich.progress import (
         BarColumn,
         DownloadColumn,

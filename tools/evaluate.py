@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Evaluates a checkpoint with its fast weights on and off, from the same weights.
+"""Evaluate a checkpoint with its fast weights on and off, from the same weights.
 
 python tools/evaluate.py task=perplexity checkpoint=outputs/demo
 torchrun --nproc-per-node 8 tools/evaluate.py task=ruler checkpoint=outputs/qwen3_4b \\
@@ -19,7 +19,7 @@ from megatron_ttt.training.quiet import quiet_libraries
 
 
 def evaluate(config: EvaluationConfig) -> int:
-    """The evaluation; its exit status."""
+    """Return the evaluation; its exit status."""
     # torch and megatron-core take seconds to import: a mistake is reported before that
     quiet_libraries()
     from megatron_ttt.evaluation.program import evaluate as run

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Generates text with an exported or a Megatron checkpoint, with fast weights or without.
+"""Generate text with an exported or a Megatron checkpoint, with fast weights or without.
 
 python tools/generate.py checkpoint=exported prompt="Once upon a time" max_new_tokens=64
 python tools/generate.py checkpoint=exported prompt="Once upon a time" ttt=off
@@ -112,7 +112,8 @@ EFFECTS = {
 
 @contextmanager
 def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
-    """
+    """Load the model that the keys name.
+
     Raises:
         ValueError: the folder holds no model, or the ranks do not fit.
     """
@@ -151,7 +152,8 @@ def backend_of(keys: Keys) -> "Iterator[Backend[Any]]":
 
 
 def tokenizer_of(keys: Keys, backend: "Backend[Any]") -> Tokenizer:
-    """
+    """Open the model's tokenizer, or the one that is given.
+
     Raises:
         ValueError: there is none, or it cannot be loaded; one line.
     """
@@ -222,7 +224,8 @@ class Printer:
 
 
 def check_positions(keys: Keys, backend: "Backend[Any]", last: int) -> None:
-    """
+    """Check that the model has positions for everything that is asked for.
+
     Raises:
         ValueError: positions that the model was not made for, and nobody said they may be used.
     """

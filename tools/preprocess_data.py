@@ -124,7 +124,7 @@ class TerminalProgress(Progress):
 
 
 def report(summary: Summary) -> list[str]:
-    """The closing lines."""
+    """Return the closing lines."""
     sidecar = summary.sidecar
     skipped = sum(sidecar.skipped.values())
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in sidecar.skipped.items())

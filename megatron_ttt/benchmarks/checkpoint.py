@@ -56,7 +56,7 @@ class SaveProblem:
             raise ValueError(f"folder={self.folder}: is not a folder")
 
     def config(self) -> Config:
-        """A model of these sizes over bytes, as the tiny one trains it."""
+        """Return a model of these sizes over bytes, as the tiny one trains it."""
         return load_config(
             [
                 "+model=tiny",
@@ -129,7 +129,7 @@ def measure(problem: SaveProblem) -> SaveReport:
 
 
 def build_saver(root: Path, trainer: Trainer, mode: SaveMode) -> CheckpointSaver:
-    """Saves quietly and keeps one checkpoint."""
+    """Return a saver that is quiet and keeps one checkpoint."""
     return CheckpointSaver(
         root,
         trainer.state,
@@ -177,7 +177,7 @@ def random_rows(config: Config) -> Iterator[Batch]:
 def summary(
     mode: SaveMode, rounds: list[tuple[SaveMode, float, float, list[float]]]
 ) -> SaveMeasurement:
-    """The medians of one mode."""
+    """Return the medians of one mode."""
     mine = [(stall, published, steps) for name, stall, published, steps in rounds if name is mode]
     meanwhile = [seconds for _, _, steps in mine for seconds in steps]
     return SaveMeasurement(
@@ -198,7 +198,7 @@ def as_record(problem: SaveProblem, report: SaveReport) -> dict[str, Any]:
 
 
 def show(problem: SaveProblem, report: SaveReport, console: Console) -> None:
-    """The table."""
+    """Print the table."""
     size = f"{report.checkpoint_bytes / 1e6:.0f} MB"
     table = Table(title=f"hidden {problem.hidden}, {problem.layers} layers, {size} a checkpoint")
     for heading in ("saving", "stall", "published after", "step meanwhile", "step otherwise"):

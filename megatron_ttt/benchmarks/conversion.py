@@ -86,7 +86,7 @@ def measure(
 
 
 def write_synthetic(model: ModelConfig, folder: Path) -> tuple[int, int]:
-    """A Hugging Face folder of random bf16 values (a pool of 32 million, shifted per block).
+    """Return a Hugging Face folder of random bf16 values (a pool of 32 million, shifted per block).
 
     Returns:
         Bytes of all tensors, and of the largest.
@@ -115,7 +115,7 @@ def write_synthetic(model: ModelConfig, folder: Path) -> tuple[int, int]:
 
 
 def report(model: ModelConfig, size: int, rows: list[Measurement], console: Console) -> None:
-    """The table of ``docs/benchmarks.md``."""
+    """Print the table of ``docs/benchmarks.md``."""
     console.print(f"{model.name}: {size / GIB:.2f} GiB of random bf16, {os.cpu_count()} cores")
     table = Table("", "seconds", "GiB/s", "peak memory", "allowed")
     for row in rows:

@@ -63,7 +63,7 @@ def meta_ranks(config: Config) -> Iterator[Ranks]:
 
 
 def build_meta_model(config: Config, ranks: Ranks) -> Any:
-    """The rank's stage as a GPU would have it, without values."""
+    """Return the rank's stage as a GPU would have it, without values."""
     with mock.patch.object(build, "initialize"):  # meta tensors take no values
         transformer = transformer_config(config, device_is_cuda=True)
         return build.build_model(config, transformer, ranks.groups).to(ranks.device)
@@ -102,7 +102,7 @@ def count_step(config: Config, *, documents: int = 1) -> DeviceCounter:
 
 
 def part_of(name: str, module: torch.nn.Module) -> str | None:
-    """The part that a module of this name is, or None where it belongs to what calls it."""
+    """Return the part that a module of this name is, or None where it belongs to what calls it."""
     if isinstance(module, FastWeightMLP):
         return "fast-weight MLP"
     if isinstance(module, MLP):
@@ -190,7 +190,7 @@ def as_record(counted: CountedStep, words: Sequence[str], documents: int) -> dic
 
 
 def report(counted: CountedStep, console: Console) -> None:
-    """The table: forward and backward of each part."""
+    """Print the table: forward and backward of each part."""
     table = Table(title=f"{counted.model}, {counted.layers} layers, {counted.tokens} tokens")
     table.add_column("part")
     for heading in ("kernels", "GB moved", "TFLOP", "waits", "uploads", "on the host", "saved GB"):

@@ -60,7 +60,7 @@ def measure(problem: DecodingProblem) -> list[DecodingTime]:
 
 
 def report(problem: DecodingProblem, times: list[DecodingTime], console: Console) -> None:
-    """The table of one run."""
+    """Print the table of one run."""
     console.print(" ".join(f"{key}={value}" for key, value in asdict(problem).items()))
     table = Table("batch", "ms a step, fast weights", "ttt=off", "ratio", "floor of bytes")
     for row in times:

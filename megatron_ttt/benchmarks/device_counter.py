@@ -118,12 +118,12 @@ class DeviceCounter(TorchDispatchMode):
             yield
 
     def total(self, phase: Phase | None = None) -> Counts:
-        """The sum over parts, of one phase or of both."""
+        """Return the sum over parts, of one phase or of both."""
         chosen = [c for (at, _), c in self.counts.items() if phase is None or at is phase]
         return sum(chosen, Counts())
 
     def parts(self) -> list[str]:
-        """The parts in the order in which they were met."""
+        """Return the parts in the order in which they were met."""
         return list(dict.fromkeys(part for _, part in self.counts))
 
     def count_kernel(self, *operands: Tensor) -> None:
@@ -177,7 +177,7 @@ class DeviceCounter(TorchDispatchMode):
         return self.counts[Phase.BACKWARD, self._marks[place][1]]
 
     def _copy(self, counts: Counts, func: Any, args: Any, kwargs: Any, upload: bool) -> Any:
-        """A copy between host and device, either way."""
+        """Return a copy between host and device, either way."""
         if upload:
             source = args[1] if func._overloadpacket is aten.copy_ else args[0]
             asynchronous = kwargs.get("non_blocking") or True in args[2:3]
@@ -274,7 +274,7 @@ def _is_copy(packet: Any) -> bool:
 
 
 def _between(packet: Any, args: Any, kwargs: Any) -> bool | None:
-    """True for host to device, False for device to host, None within one of them."""
+    """Return true for host to device, False for device to host, None within one of them."""
     if packet is aten.copy_:
         source, target = args[1].is_meta, args[0].is_meta
     else:

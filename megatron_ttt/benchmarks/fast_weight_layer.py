@@ -220,7 +220,7 @@ class _Layer:
         return keys_TF, variant.target(source_TD, conv_D15, proj_DD, self.problem.chunk)
 
     def run(self, variant: Variant) -> list[Tensor]:
-        """Outputs, and the gradients of every input and of the weight."""
+        """Return outputs, and the gradients of every input and of the weight."""
         keys_TF, targets_TD = self._keys_and_targets(variant)
         chunk = self.problem.chunk
         outputs_TD = variant.forward(keys_TF, targets_TD, self.weight_DF, self.eta, chunk)
@@ -237,7 +237,7 @@ class _Layer:
         return time.perf_counter() - start
 
     def peak_bytes(self, variant: Variant) -> int:
-        """The most that one run holds beyond its inputs, results still alive included."""
+        """Return the most that one run holds beyond its inputs, results still alive included."""
         return peak_bytes(lambda: self.run(variant), torch.device(self.problem.device))
 
     def gemm(self) -> None:
@@ -336,7 +336,7 @@ def as_record(
 def report(
     problem: LayerProblem, measurements: list[Measurement], difference: float, console: Console
 ) -> None:
-    """The table, and one line per comparison."""
+    """Print the table, and one line per comparison."""
     table = Table(
         title=f"{problem.part}, forward + backward: hidden {problem.hidden}, ffn {problem.ffn}, "
         f"{problem.tokens} tokens, chunk {problem.chunk}, {problem.dtype}, {problem.device}"

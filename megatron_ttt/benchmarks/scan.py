@@ -260,7 +260,7 @@ def _slowest(seconds: float, group: Any, device: torch.device) -> float:
 
 
 def show(problem: ScanProblem, report: Report, console: Console) -> None:
-    """The tables of ``tools/benchmark.py scan``."""
+    """Print the tables of ``tools/benchmark.py scan``."""
     topology = report.topology
     for name, link in (("inside an island", topology.intra), ("between islands", topology.inter)):
         console.print(

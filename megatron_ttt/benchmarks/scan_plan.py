@@ -94,7 +94,7 @@ def plan_rows(
 
 
 def show(config: Config, rows: list[PlanRow], *, flops: float, console: Console) -> None:
-    """The table of ``tools/plan.py scan``."""
+    """Print the table of ``tools/plan.py scan``."""
     console.print(
         f"{config.model.name}: {len(ttt_layers(config))} fast weights, a state of "
         f"{state_bytes(config) / 1e6:.1f} MB per rank, "

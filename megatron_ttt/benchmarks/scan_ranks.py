@@ -30,7 +30,7 @@ class ScanArguments:
 
 
 def run(arguments: ScanArguments) -> int:
-    """Raises ``ValueError`` for numbers that cannot be measured."""
+    """Measure; raise ``ValueError`` for numbers that cannot be measured."""
     if arguments.state_mb <= 0 or arguments.repeats < 1:
         raise ValueError(
             f"state_mb={arguments.state_mb:g} and repeats={arguments.repeats}: must be positive"

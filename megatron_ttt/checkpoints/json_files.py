@@ -8,7 +8,7 @@ from megatron_ttt.config.faults import ConfigError, Fault
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """Return an object from a JSON file.
 
     Raises:
         ConfigError: the file is missing or holds something else.
@@ -28,5 +28,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, error: Exception) -> ConfigError:
-    """An unreadable file as a user's error of one line."""
+    """Return an unreadable file as a user's error of one line."""
     return ConfigError([Fault("checkpoint", path, f"is damaged or unreadable ({error})")])

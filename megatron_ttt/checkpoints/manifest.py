@@ -36,14 +36,14 @@ class Manifest:
     files: dict[str, FileRecord]
 
     def text(self) -> str:
-        """The file's content."""
+        """Return the file's content."""
         document = asdict(self)
         document["sha256"] = _digest_of(document)
         return json.dumps(document, indent=1)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A folder's manifest, whose files are present in full length; contents are not read.
+    """Return a folder's manifest, whose files are present in full length; contents are not read.
 
     Raises:
         DamagedCheckpoint: naming the file and what is wrong with it.
@@ -63,7 +63,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(folder: Path) -> Manifest:
-    """A folder's manifest alone, whatever has become of the files that it lists.
+    """Return a folder's manifest alone, whatever has become of the files that it lists.
 
     Raises:
         DamagedCheckpoint: it is missing, altered or not one of this kind.
@@ -108,7 +108,7 @@ def check_files(
 
 
 def _inside(name: str) -> str:
-    """A name of a file inside the folder."""
+    """Return a name of a file inside the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts or not name.isprintable():
         raise ValueError(f"{name!r} names no file inside the folder")

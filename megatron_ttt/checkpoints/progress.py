@@ -25,7 +25,7 @@ class Progress:
 
     @classmethod
     def read(cls, document: dict[str, Any]) -> "Progress":
-        """What a manifest says; older ones have no ``batches``.
+        """Return what a manifest says; older ones have no ``batches``.
 
         Raises:
             ValueError, TypeError: the document is not a progress, or contradicts itself.
@@ -58,7 +58,7 @@ class Progress:
         )
 
     def samples_at(self, step: int, batch: int) -> int:
-        """Samples consumed when ``step`` steps are done, if steps to come take ``batch`` each."""
+        """Return the samples consumed when ``step`` steps are done, ``batch`` in each to come."""
         samples = 0
         for steps, size in self._recorded():
             taken = min(step, steps)

@@ -33,12 +33,12 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int:
-    """The inverse, for a visible checkpoint."""
+    """Return the inverse, for a visible checkpoint."""
     return int(folder.name[5:])
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """What a user means by a run's folder or its ``latest``: the newest checkpoint; else ``path``.
+    """Return the newest checkpoint of a run's folder or its ``latest``; else ``path``.
 
     A name that ``latest`` holds is not checked: whoever opens the folder says what is wrong.
     """

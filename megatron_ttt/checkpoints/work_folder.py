@@ -64,13 +64,13 @@ class WorkFolder:
         self.done[name] = entry
 
     def write_text(self, name: str, text: str) -> None:
-        """A small file, complete at once."""
+        """Write a small file, complete at once."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         (self.path / name).write_text(text)
         self.finish(name)
 
     def copy(self, source: Path, name: str) -> None:
-        """A file from elsewhere."""
+        """Copy a file from elsewhere."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, self.path / name)
         self.finish(name)

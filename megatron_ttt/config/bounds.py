@@ -139,7 +139,7 @@ def text_complaint(text: str) -> str | None:
 
 
 def flat_values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested dataclasses by dotted key."""
+    """Yield the values of nested dataclasses by dotted key."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

@@ -57,7 +57,7 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:
-    """Copies of the model, that is micro-batches processed at the same time."""
+    """Return copies of the model, that is micro-batches processed at the same time."""
     return world_size // model_parallel_size(config.parallel)
 
 
@@ -68,7 +68,7 @@ def micro_batches(config: Config, world_size: int) -> int:
 
 
 def warmup_steps(config: Config) -> int:
-    """Steps over which the learning rate rises from 0."""
+    """Return steps over which the learning rate rises from 0."""
     if config.optimizer.warmup_steps is not None:
         return config.optimizer.warmup_steps
     return round(config.optimizer.warmup_fraction * config.train.steps)
@@ -96,7 +96,7 @@ def scan_timeout_s(parallel: ParallelConfig) -> float:
 
 
 def cp_tile(config: Config) -> int:
-    """The sequence length must be a multiple of this.
+    """Return the sequence length must be a multiple of this.
 
     A context-parallel rank holds two spans (zigzag) or one (contiguous), every span holds whole
     chunks, and with sequence parallelism every rank's tokens split evenly over tp. With cp = 1 any
@@ -144,7 +144,7 @@ def transformer_engine_limit(config: Config) -> str | None:
 
 
 def resolve_attention(config: Config, *, cuda: bool, transformer_engine: bool) -> Resolution:
-    """The attention backend of a run, and why.
+    """Return the attention backend of a run, and why.
 
     Args:
         cuda: a GPU is present.
@@ -163,7 +163,7 @@ def resolve_attention(config: Config, *, cuda: bool, transformer_engine: bool) -
 
 
 def attention_factor(rope: RopeConfig) -> float:
-    """What YaRN multiplies queries and keys with: ``0.1 ln(factor) + 1``; 1 without YaRN.
+    """Return what YaRN multiplies queries and keys with: ``0.1 ln(factor) + 1``; 1 without YaRN.
 
     YaRN (arXiv 2309.00071), section 3.3.
     """

@@ -61,7 +61,7 @@ ALWAYS: tuple[Condition, ...] = ()
 def idle_keys(
     config: Any, effects: Effects, given: Collection[str]
 ) -> Iterator[tuple[str, Any, Condition]]:
-    """The given keys that have no effect: key, value and the first condition that does not hold.
+    """Yield given keys without effect: key, value, the first condition that does not hold.
 
     Args:
         config: of a schema, valid.
@@ -88,7 +88,7 @@ def idle_faults(config: Any, effects: Effects, given: Collection[str]) -> list[F
 
 
 def given_keys(words: Sequence[str], groups: Collection[str]) -> set[str]:
-    """The dotted keys that a command line gives values to; groups are recipes, not the user's.
+    """Return the dotted keys that a command line gives values to; groups are recipes.
 
     Args:
         words: of which ``overrides.check_overrides`` found no fault; flags are passed over.

@@ -16,7 +16,7 @@ class Fault:
     message: str
 
     def line(self) -> str:
-        """The fault as the one line that a user reads; long texts are cut short."""
+        """Return the fault as the one line that a user reads; long texts are cut short."""
         value, message = _cut(show(self.value), 120), _cut(self.message, 1000)
         return " ".join(f"{_cut(self.key, 120)}={value}: {message}".split())
 
@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 
 
 def show(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """Return a value as it is typed on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -37,7 +37,7 @@ class LaunchError(ConfigError):
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch:
-    """What torchrun's variables say; one process where there are none.
+    """Return what torchrun's variables say; one process where there are none.
 
     Variables that a shell has kept from another launcher name a place that does not exist. They
     are refused: a process that believed them would wait for others, or keep its errors to itself.

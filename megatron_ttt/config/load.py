@@ -84,12 +84,12 @@ class Root(Generic[AnyConfig]):
         return f"{self.shorts[key]}{equals}{value}" if is_short else word
 
     def groups(self, config_dir: Path) -> dict[str, list[str]]:
-        """The groups with the names of their files; none where the folders mean nothing."""
+        """Return the groups with the names of their files; none where the folders mean nothing."""
         return group_options(config_dir) if self.grouped else {}
 
 
 def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> Config:
-    """The composed configuration of a training run, complete, typed, not yet validated.
+    """Return the composed configuration of a training run, complete, typed, not yet validated.
 
     Args:
         overrides: in Hydra's grammar, for example ``["+model=tiny", "train.steps=10"]``.
@@ -104,7 +104,7 @@ def load_config(overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR) -> C
 def compose_root(
     root: Root[AnyConfig], overrides: Sequence[str], *, config_dir: Path = CONFIG_DIR
 ) -> AnyConfig:
-    """What :func:`load_config` does, for any root file.
+    """Return what :func:`load_config` does, for any root file.
 
     Raises:
         ConfigError: an unknown key, option or value, or a missing one; every one of them listed.
@@ -124,7 +124,7 @@ def compose_root(
 def config_of(
     composed: DictConfig, root: Root[AnyConfig], *, config_dir: Path = CONFIG_DIR
 ) -> AnyConfig:
-    """The dataclass of what Hydra composed.
+    """Return the dataclass of what Hydra composed.
 
     Raises:
         ConfigError: a missing value (of a run: no model), or an interpolation that cannot be
@@ -146,17 +146,17 @@ def config_of(
 
 
 def register_schema(root: Root[Any]) -> None:
-    """Makes the dataclasses known to Hydra under the name that the root file refers to."""
+    """Make the dataclasses known to Hydra under the name that the root file refers to."""
     ConfigStore.instance().store(name=root.schema_name, node=root.schema)
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as text: what a run keeps in ``config.yaml``."""
+    """Return the configuration as text: what a run keeps in ``config.yaml``."""
     return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
 
 
 def from_yaml(text: str) -> Config:
-    """The inverse of :func:`to_yaml`.
+    """Return the inverse of :func:`to_yaml`.
 
     Raises:
         ConfigError: the text does not fit the schema.
@@ -202,7 +202,7 @@ def faults_here(config: Config, *, world_size: int) -> list[Fault]:
 
 
 def training_ranks(config: Config) -> int:
-    """Processes of the run: this job's; a dry run without torchrun shows one copy of the model."""
+    """Return this job's processes; for a dry run without torchrun those of one model."""
     world_size = launched().world_size
     if config.run.dry_run and world_size == 1:
         return model_parallel_size(config.parallel)
@@ -239,7 +239,7 @@ def tell_idle_keys(root: Root[AnyConfig], config: AnyConfig, words: Sequence[str
 
 
 def describe(config: Config, *, world_size: int) -> str:
-    """The dry run's text: the resolved configuration and what it amounts to."""
+    """Return the dry run's text: the resolved configuration and what it amounts to."""
     from megatron_ttt.config.summary import summarize
 
     return f"{to_yaml(config)}\n{summarize(config, world_size)}"
@@ -251,7 +251,7 @@ def run_with_config(
     *,
     config_dir: Path = CONFIG_DIR,
 ) -> int:
-    """Runs ``main`` with the checked configuration of a training run that ``argv`` describes.
+    """Run ``main`` with the checked configuration of a training run that ``argv`` describes.
 
     As :func:`run_program`; ``run.dry_run=true`` prints what would be built instead of running
     ``main``.
@@ -280,7 +280,7 @@ def run_program(
     *,
     config_dir: Path = CONFIG_DIR,
 ) -> int:
-    """Runs ``start`` with the checked configuration that ``argv`` describes.
+    """Run ``start`` with the checked configuration that ``argv`` describes.
 
     Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
     ``--multirun`` sweeps.
@@ -360,7 +360,7 @@ def _run_with_flags(
 
 
 def _flag_faults(argv: Sequence[str]) -> Iterator[Fault]:
-    """Flags that Hydra does not have; its own parser would answer with its usage."""
+    """Yield flags that Hydra does not have; its own parser would answer with its usage."""
     for word, value in zip(argv, [*argv[1:], ""], strict=True):
         flag = word.partition("=")[0]
         if word.startswith("-") and flag not in _FLAGS:
@@ -371,7 +371,7 @@ def _flag_faults(argv: Sequence[str]) -> Iterator[Fault]:
 
 
 def _hydra_fault(error: Exception, overrides: Sequence[str]) -> Fault:
-    """A mistake that only the composition shows, in one line."""
+    """Return a mistake that only the composition shows, in one line."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__

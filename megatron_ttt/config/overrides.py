@@ -27,7 +27,7 @@ APPENDED = ("model", "experiment", "ablation")
 
 
 def group_options(config_dir: Path) -> dict[str, list[str]]:
-    """The groups of a configuration folder with the names of their files, both sorted."""
+    """Return the groups of a configuration folder with the names of their files, both sorted."""
     return {
         folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
         for folder in sorted(config_dir.iterdir())
@@ -84,7 +84,7 @@ def check_overrides(
 
 
 def as_typed(words: Sequence[str], schema: type) -> list[str]:
-    """The words, with quotes around numbers and switches that are given to keys of text.
+    """Return the words, with quotes around numbers and switches that are given to keys of text.
 
     Hydra reads ``run.name=1e3`` as a number, and its text would be ``1000.0``; ``run.resume=no``
     as ``false``.
@@ -125,7 +125,7 @@ def _takes_text(key: str, schema: type) -> bool:
 
 
 def missing_model(config_dir: Path) -> Fault:
-    """The fault of a command line that chooses neither a model nor an experiment."""
+    """Return the fault of a command line that chooses neither a model nor an experiment."""
     groups = group_options(config_dir)
     return Fault(
         "model",
@@ -173,7 +173,7 @@ def parsed_value(word: str) -> tuple[str, Any]:
 
 
 def missing_key(key: str, schema: type) -> Fault:
-    """The fault of a command line that leaves out a key which has no default."""
+    """Return the fault of a command line that leaves out a key which has no default."""
     annotation: Any = schema
     for part in key.split("."):
         annotation = typing.get_type_hints(strip_optional(annotation))[part]
@@ -266,7 +266,7 @@ def strip_optional(annotation: Any) -> Any:
 
 
 def _expected(annotation: Any) -> str:
-    """A type in words."""
+    """Return a type in words."""
     inner = strip_optional(annotation)
     words = {
         int: "an integer",

@@ -58,7 +58,7 @@ RULE_KEYS = ("ttt.eta", "ttt.chunk_size", "ttt.decay", "ttt.clip.mode", "ttt.cli
 
 
 def changed_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
-    """The checkpoint's update rule with the keys of ``rule`` that are set."""
+    """Return the checkpoint's update rule with the keys of ``rule`` that are set."""
     clip = Clip(
         mode=ttt.clip.mode if rule.clip.mode is None else rule.clip.mode,
         bound=ttt.clip.bound if rule.clip.bound is None else rule.clip.bound,
@@ -94,7 +94,7 @@ def fitting_rule(ttt: TTTConfig, rule: ReadingRule) -> TTTConfig:
 
 
 def set_keys(rule: ReadingRule) -> Iterator[tuple[str, Any]]:
-    """The keys that differ from the checkpoint's, ``mode`` apart."""
+    """Yield the keys that differ from the checkpoint's, ``mode`` apart."""
     values = {
         "ttt.eta": rule.eta,
         "ttt.chunk_size": rule.chunk_size,
@@ -106,7 +106,7 @@ def set_keys(rule: ReadingRule) -> Iterator[tuple[str, Any]]:
 
 
 def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
-    """The readings that are asked for, fast weights first.
+    """Return the readings that are asked for, fast weights first.
 
     A checkpoint without fast weights has one reading: ``both`` is then ``off``.
     """
@@ -116,7 +116,7 @@ def modes(ttt: TTTConfig, mode: ReadingMode) -> list[TTTMode]:
 
 
 def rule_faults(rule: ReadingRule) -> Iterator[Fault]:
-    """What no update rule may be; whether it fits the checkpoint is not asked here."""
+    """Yield what no update rule may be; whether it fits the checkpoint is not asked here."""
     for key, value in set_keys(rule):
         complaint = RULE_BOUNDS[key].complaint(value) if key in RULE_BOUNDS else None
         if complaint is not None:  # nan is of no size
@@ -132,7 +132,7 @@ def reading_config(
     data: DataConfig | None = None,
     parallel: ParallelConfig | None = None,
 ) -> Config:
-    """What Megatron and the layouts of rows are configured from where nothing is trained.
+    """Return what Megatron and the layouts of rows are configured from where nothing is trained.
 
     Reading needs attention on any device (torch's) and no sequence parallelism.
 

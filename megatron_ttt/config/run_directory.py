@@ -47,7 +47,7 @@ def changed_keys(saved: Mapping[Any, Any], current: Mapping[Any, Any]) -> list[s
 
 
 def run_directory_faults(config: Config) -> list[Fault]:
-    """The fault of a ``run.dir`` whose ``config.yaml`` describes another run; reads that file."""
+    """Return the fault of a ``run.dir`` whose ``config.yaml`` describes another run."""
     file = Path(config.run.dir) / CONFIG_FILE
     try:
         if not file.is_file():
@@ -80,14 +80,14 @@ def run_directory_faults(config: Config) -> list[Fault]:
 
 
 def plain(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain containers, as ``config.yaml`` and manifests hold it."""
+    """Return the configuration as plain containers, as ``config.yaml`` and manifests hold it."""
     made = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     assert isinstance(made, dict)
     return {str(key): value for key, value in made.items()}
 
 
 def with_defaults(saved: Mapping[Any, Any]) -> dict[str, Any]:
-    """A saved configuration with today's keys that it lacks at their defaults.
+    """Return a saved configuration with today's keys that it lacks at their defaults.
 
     A key that was added since has a default that computes what was computed before it existed.
     """
@@ -97,7 +97,7 @@ def with_defaults(saved: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _over(defaults: Mapping[Any, Any], saved: Mapping[Any, Any]) -> dict[str, Any]:
-    """``saved``, completed key by key, group by group."""
+    """Return ``saved``, completed key by key, group by group."""
     merged = {str(key): value for key, value in {**defaults, **saved}.items()}
     for key, value in defaults.items():
         if isinstance(value, Mapping) and isinstance(merged[key], Mapping):
@@ -110,7 +110,7 @@ def _is_free(key: str) -> bool:
 
 
 def flatten(nested: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` becomes ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
         if isinstance(value, Mapping):

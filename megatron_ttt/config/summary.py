@@ -35,7 +35,7 @@ class ParameterCounts:
 
 
 def parameter_counts(config: Config) -> ParameterCounts:
-    """Counts of a model that ``model/build.py`` would build, padded vocabulary rows apart."""
+    """Count the parameters that ``model/build.py`` would build, padded vocabulary apart."""
     model, ttt = config.model, config.ttt
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     projected = (model.heads + 2 * model.kv_groups) * model.head_dim
@@ -81,7 +81,7 @@ def memory_faults(config: Config, memory: int) -> list[Fault]:
 
 
 def summarize(config: Config, world_size: int) -> str:
-    """The text of the dry run.
+    """Return the text of the dry run.
 
     Args:
         config: a valid configuration.

@@ -21,7 +21,7 @@ from megatron_ttt.config.schema import (
 
 
 def compute_dtype(config: Config, *, device_is_cuda: bool | None = None) -> torch.dtype:
-    """The dtype of parameters and activations.
+    """Return the dtype of parameters and activations.
 
     Args:
         config: a valid configuration.

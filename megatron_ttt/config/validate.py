@@ -122,7 +122,7 @@ def _ttt_faults(config: Config) -> Iterator[Fault]:
 
 
 def _shard_faults(config: Config) -> Iterator[Fault]:
-    """What tensor and pipeline parallelism must divide."""
+    """Yield what tensor and pipeline parallelism must divide."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     shards = {
         "heads": model.heads,
@@ -313,7 +313,7 @@ def _data_faults(config: Config) -> Iterator[Fault]:
 
 
 def _path_faults(path: Any) -> Iterator[Fault]:
-    """The forms of ``data.path``; what the prefixes name is looked at when the run starts."""
+    """Yield the forms of ``data.path``; what the prefixes name is looked at when the run starts."""
     if path is None:
         return
     prefixes = list(path) if isinstance(path, list | dict) else [path]
@@ -336,7 +336,7 @@ def _path_faults(path: Any) -> Iterator[Fault]:
 
 
 def _world_faults(config: Config, world_size: int) -> list[Fault]:
-    """What depends on the number of processes."""
+    """Return what depends on the number of processes."""
     parallel, train = config.parallel, config.train
     sizes = (parallel.tp, parallel.cp, parallel.pp, train.micro_batch_size, train.global_batch_size)
     if min(sizes) < 1:
@@ -363,7 +363,7 @@ def _world_faults(config: Config, world_size: int) -> list[Fault]:
 
 
 def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> Iterator[Fault]:
-    """What depends on the machine."""
+    """Yield what depends on the machine."""
     train = config.train
     recomputed = train.recompute_modules if train.recompute is Recompute.selective else []
     if "layernorm" in recomputed and not transformer_engine:

@@ -33,7 +33,8 @@ class Values:
         self.faults: list[Fault] = []
 
     def check(self) -> None:
-        """
+        """End the reading of a configuration.
+
         Raises:
             ConfigError: there are faults.
         """
@@ -47,7 +48,7 @@ class Values:
     def integer(
         self, key: str, default: Any = REFUSED, *, null: Any = REFUSED, most: int = LARGEST
     ) -> Any:
-        """A whole number from 1 to ``most``, or what absence or null stand for."""
+        """Return a whole number from 1 to ``most``, or what absence or null stand for."""
         value, given = self._given(key, default, null)
         if not given:
             return 1 if value is REFUSED else value
@@ -59,7 +60,7 @@ class Values:
     def number(
         self, key: str, default: Any = REFUSED, *, null: Any = REFUSED, zero: bool = False
     ) -> float:
-        """A finite number above 0 (with ``zero``: or 0), or what absence or null stand for."""
+        """Return a finite number above 0 (``zero``: or 0), or what absence or null stand for."""
         value, given = self._given(key, default, null)
         if not given:
             return 1.0 if value is REFUSED else value
@@ -70,7 +71,7 @@ class Values:
         return real
 
     def boolean(self, key: str, default: bool) -> bool:
-        """True or false, nothing that merely counts as one."""
+        """Return true or false, nothing that merely counts as one."""
         value = self.content.get(key, default)
         if not isinstance(value, bool):
             self.fault(key, "must be true or false")
@@ -78,7 +79,7 @@ class Values:
         return value
 
     def text(self, key: str, default: str, choices: tuple[str, ...] | None = None) -> str:
-        """A string, one of ``choices`` where there are any."""
+        """Return a string, one of ``choices`` where there are any."""
         value = self.content.get(key, default)
         if not isinstance(value, str) or (choices is not None and value not in choices):
             known = "must be a text" if choices is None else f"one of {', '.join(choices)}"
@@ -87,7 +88,7 @@ class Values:
         return value
 
     def objects(self, key: str) -> dict[str, Any]:
-        """An object; absent, null and empty are the same."""
+        """Return an object; absent, null and empty are the same."""
         value = self.content.get(key)
         if value is None:
             return {}
@@ -97,7 +98,7 @@ class Values:
         return value
 
     def entries(self, key: str, kind: type) -> list[Any] | None:
-        """A list of values of one type; ``None`` where it is absent or null."""
+        """Return a list of values of one type; ``None`` where it is absent or null."""
         value = self.content.get(key)
         if value is None:
             return None
@@ -108,7 +109,7 @@ class Values:
         return list(value)
 
     def _given(self, key: str, default: Any, null: Any) -> tuple[Any, bool]:
-        """The value and whether it was written; ``REFUSED`` after a fault."""
+        """Return the value and whether it was written; ``REFUSED`` after a fault."""
         if key not in self.content:
             if default is REFUSED:
                 self.fault(key, "is missing")
@@ -120,7 +121,7 @@ class Values:
 
 
 def as_real(value: Any) -> float | None:
-    """A finite float, or ``None`` for everything that is not a finite number."""
+    """Return a finite float, or ``None`` for everything that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -131,7 +132,7 @@ def as_real(value: Any) -> float | None:
 
 
 def shown(value: Any) -> str:
-    """A JSON value for a message, shortened."""
+    """Return a JSON value for a message, shortened."""
     try:
         text = "null" if value is None else str(value)
     except ValueError:  # an integer with more digits than Python prints

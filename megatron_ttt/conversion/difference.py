@@ -79,7 +79,7 @@ class _HFAsMegatron:
 def differences(
     first: Path, second: Path, *, block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Difference]:
-    """What differs, in the order of the first folder's tensors; nothing for equal checkpoints.
+    """Yield what differs, in the order of the first folder's tensors.
 
     Folders of different kinds are compared under Megatron's names. Values are compared in fp32,
     equal bits first, so that equal NaNs are equal.

@@ -119,7 +119,7 @@ class HFView:
         self.pieces = pieces
 
     def blocks(self, piece: Piece, limit: int) -> Iterator[Tensor]:
-        """The tensor's rows in order, in its dtype."""
+        """Yield the tensor's rows in order, in its dtype."""
         if piece.constant is not None:
             yield piece.constant
         for key, run in piece.runs:
@@ -240,7 +240,8 @@ def export_checkpoint(
 
 
 def _check_reference(ttt: TTTConfig) -> None:
-    """
+    """Check that the reference implementation has everything that the rule uses.
+
     Raises:
         ConfigError: the update rule has parts that the reference implementation would leave out.
     """
@@ -286,7 +287,7 @@ def write_shard(
     blocks: Callable[[Piece], Iterator[Tensor]],
     report: Report,
 ) -> None:
-    """The safetensors format: length of the header, header, then the bytes of each tensor.
+    """Write the safetensors format: length of the header, header, the bytes of each tensor.
 
     Args:
         stream: an empty file.

@@ -84,7 +84,7 @@ MOST_HEADS = 2**16
 
 
 def model_from_hf(config: dict[str, Any], *, name: str, where: str) -> ModelConfig:
-    """The architecture that a ``config.json`` describes.
+    """Return the architecture that a ``config.json`` describes.
 
     Args:
         config: its content.
@@ -137,7 +137,7 @@ def model_from_hf(config: dict[str, Any], *, name: str, where: str) -> ModelConf
 
 
 def hf_from_model(model: ModelConfig) -> dict[str, Any]:
-    """The architecture's part of a ``config.json``.
+    """Return the architecture's part of a ``config.json``.
 
     Rotary keys are written in the older form, ``rope_theta`` and ``rope_scaling``, which
     ``transformers`` 4 and 5 both read.
@@ -188,7 +188,7 @@ def hf_from_model(model: ModelConfig) -> dict[str, Any]:
 def check_agreement(
     model: ModelConfig, checkpoint: ModelConfig, where: str, *, chosen: Collection[str] = ()
 ) -> list[str]:
-    """A model's configuration must be that of the checkpoint it starts from.
+    """Return a model's configuration must be that of the checkpoint it starts from.
 
     Two differences are meant: YaRN over a checkpoint without it, stretching exactly the positions
     that the checkpoint has; and more positions than it has, which is a choice that gets a notice.
@@ -263,7 +263,8 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _family(values: Values) -> Family:
-    """
+    """Return the model family.
+
     Raises:
         ConfigError: at once, since every other key depends on it.
     """
@@ -314,7 +315,7 @@ def _head_dim(values: Values, table: FamilyTable, hidden: int, heads: int) -> in
 
 
 def _window(values: Values, table: FamilyTable, layers: int) -> int | None:
-    """The window of all layers, or ``None``; a window in some of them is a fault."""
+    """Return the window of all layers, or ``None``; a window in some of them is a fault."""
     kinds = values.entries("layer_types", str)
     if kinds is not None and (len(kinds) != layers or not set(kinds) <= set(_KINDS)):
         values.fault("layer_types", f"must be {layers} times full_attention or sliding_attention")

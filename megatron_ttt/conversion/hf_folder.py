@@ -111,7 +111,7 @@ class HFFolder:
             raise damaged_weights(path, error) from error
 
     def _files(self) -> list[str]:
-        """The files of weights that ``transformers`` takes; two answers are refused."""
+        """Return the files of weights that ``transformers`` takes; two answers are refused."""
         if (self.path / ADAPTER).exists():
             message = f"holds an adapter ({ADAPTER}): merge it into its model first"
             raise ConfigError([Fault("checkpoint", self.path, message)])
@@ -177,7 +177,7 @@ def companions(path: Path) -> list[str]:
 
 
 def damaged_weights(path: Path, error: Exception) -> ConfigError:
-    """The same for a file of weights, which may be a pointer that was never fetched."""
+    """Return the same for a file of weights, which may be a pointer that was never fetched."""
     with suppress(OSError), path.open("rb") as stream:
         if stream.read(len(_POINTER)) == _POINTER:
             message = "is a pointer of Git LFS, not the file itself: git lfs pull fetches it"

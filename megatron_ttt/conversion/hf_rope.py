@@ -31,7 +31,7 @@ _FIELDS = {
 
 
 def rope_from_hf(values: Values, *, max_positions: int) -> RopeConfig:
-    """The rotary embedding that a ``config.json`` describes; faults are noted in ``values``.
+    """Return the rotary embedding that a ``config.json`` describes; faults are noted in ``values``.
 
     Args:
         values: the whole file.
@@ -45,7 +45,7 @@ def rope_from_hf(values: Values, *, max_positions: int) -> RopeConfig:
 
 
 def rope_fields(scaling: RopeScaling) -> tuple[str, ...]:
-    """The fields of a :class:`RopeConfig` that have an effect, beside ``base`` and ``scaling``."""
+    """Return the fields that have an effect beside ``base`` and ``scaling``."""
     return _FIELDS[scaling]
 
 
@@ -97,7 +97,7 @@ def _base(values: Values, inner: Values) -> float:
 
 
 def _original(values: Values, inner: Values, max_positions: int) -> int:
-    """The length before stretching, which may stand in either place too."""
+    """Return the length before stretching, which may stand in either place too."""
     found: list[int] = [
         place.integer(_ORIGINAL) for place in (inner, values) if _ORIGINAL in place.content
     ]
@@ -132,7 +132,7 @@ def _read_yarn(inner: Values, rope: RopeConfig, max_positions: int) -> None:
 
 
 def _attention_factor(inner: Values, rope: RopeConfig) -> float:
-    """What ``transformers`` multiplies queries and keys with."""
+    """Return what ``transformers`` multiplies queries and keys with."""
     if inner.content.get("attention_factor") is not None:
         return inner.number("attention_factor")
     scales = []

@@ -66,7 +66,7 @@ def import_checkpoint(
 
 
 def plain(config: ModelConfig | TTTConfig) -> dict[str, Any]:
-    """A configuration as JSON values, enums by name, as a run's manifest holds it."""
+    """Return a configuration as JSON values, enums by name, as a run's manifest holds it."""
 
     def value(item: Any) -> Any:
         if isinstance(item, Enum):

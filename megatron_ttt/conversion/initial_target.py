@@ -15,7 +15,7 @@ from megatron_ttt.model.initialize import named_generator, pretraining_draw
 def initial_target(
     tensor: TensorMap, model: ModelConfig, *, seed: int, dtype: torch.dtype
 ) -> Tensor:
-    """A whole ``ttt_conv`` or ``ttt_proj``, rounded to the checkpoint's dtype."""
+    """Return a whole ``ttt_conv`` or ``ttt_proj``, rounded to the checkpoint's dtype."""
     draw = pretraining_draw(model)
     generator = named_generator(seed, tensor.megatron)
     return draw(tensor.megatron, tensor.shape, generator).to(dtype)

@@ -92,7 +92,7 @@ def _said(source: HFFolder, config: Config, given: Collection[str] | None) -> di
 
 
 def checkpoint_key(name: str) -> str:
-    """The name a parameter has in a distributed checkpoint."""
+    """Return the name a parameter has in a distributed checkpoint."""
     for suffix, fused in _NORMS.items():
         if name.endswith("." + suffix):
             return name.removesuffix(suffix) + fused
@@ -102,7 +102,7 @@ def checkpoint_key(name: str) -> str:
 def _slice(
     view: MegatronView, key: str, local: Tensor, axis: int | None, tp_rank: int, tp_size: int
 ) -> Tensor:
-    """This rank's part of a whole tensor, in the shape of ``local``."""
+    """Return this rank's part of a whole tensor, in the shape of ``local``."""
     tensor = view.tensor(key)
     if axis is None:
         return view.rows(tensor, 0, tensor.shape[0])

@@ -22,7 +22,7 @@ _DEPTH = 8  # runs that started from runs that started from an import
 
 
 def described_model(folder: MegatronFolder) -> tuple[ModelConfig, TTTConfig]:
-    """The configuration under which a checkpoint was imported or trained.
+    """Return the configuration under which a checkpoint was imported or trained.
 
     Raises:
         ConfigError: there is no manifest, or it does not describe a model.
@@ -39,7 +39,7 @@ def described_model(folder: MegatronFolder) -> tuple[ModelConfig, TTTConfig]:
 def check_start(
     facts: dict[str, Any], config: Config, path: Path, *, given: Collection[str]
 ) -> list[str]:
-    """A run that starts from a checkpoint must describe the same model and update rule.
+    """Return a run that starts from a checkpoint must describe the same model and update rule.
 
     A plain model's import has target generators that were never trained: any rule is its first.
 
@@ -80,7 +80,7 @@ def _has_trained_rule(facts: dict[str, Any], path: Path) -> bool:
 
 
 def origin(folder: MegatronFolder) -> Path | None:
-    """The folder with the tokenizer that belongs to a checkpoint, where it can be told.
+    """Return the folder with the tokenizer that belongs to a checkpoint, where it can be told.
 
     An imported checkpoint carries it; a trained one names what it started from.
     """

@@ -47,7 +47,7 @@ class Mapping:
         return shapes
 
     def megatron_runs(self) -> dict[str, list[tuple[str, Run]]]:
-        """The other direction.
+        """Return the other direction.
 
         Returns:
             For each Hugging Face tensor, in the order of its rows, where they are in Megatron's:
@@ -67,7 +67,7 @@ class Mapping:
 
 
 def build_mapping(model: ModelConfig, target: TargetGenerator) -> Mapping:
-    """The mapping of a model with fast weights in ``target.layers``."""
+    """Return the mapping of a model with fast weights in ``target.layers``."""
     table, sizes = FAMILIES[model.family], sizes_of(model)
     layer_rules: list[Rule] = list(names.LAYER)
     zeros: dict[str, tuple[int, ...]] = {}

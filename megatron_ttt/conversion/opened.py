@@ -45,7 +45,7 @@ class Checkpoint:
         return isinstance(self.opened, MegatronFolder)
 
     def tokenizer(self) -> ModelTokenizer:
-        """What it says about its tokenizer: its run's, or the one it was imported with."""
+        """Return what it says about its tokenizer: its run's, or the one it was imported with."""
         if isinstance(self.opened, HFFolder):
             has_one = (self.path / "tokenizer.json").is_file()
             return ModelTokenizer(str(self.path) if has_one else None)
@@ -53,7 +53,7 @@ class Checkpoint:
 
 
 def open_checkpoint(named: str | Path) -> Checkpoint:
-    """What a user means: a run's folder (its newest checkpoint), a checkpoint, an exported model.
+    """Open what a user names: a run (its newest checkpoint), a checkpoint, an exported model.
 
     Args:
         named: a folder; ``hf:`` in front says that it is Hugging Face's.
@@ -84,7 +84,7 @@ def find_folder(named: str | Path) -> tuple[Path, bool]:
 
 
 def recorded_tokenizer(folder: MegatronFolder) -> ModelTokenizer:
-    """The tokenizer of the run that wrote a checkpoint, or the one it was imported with."""
+    """Return the tokenizer of the run that wrote a checkpoint, or the one it was imported with."""
     recorded = folder.facts.get("data", {}).get("tokenizer")
     trained = None if recorded is None else TokenizerIdentity.from_dict(recorded)
     named = folder.facts.get("config", {}).get("data", {}).get("tokenizer", {})

@@ -55,7 +55,8 @@ class ReferenceMLP(nn.Module):
         chunk_size: int,
         source_BTD: Tensor | None = None,
     ) -> None:
-        """
+        """Take what it computes from.
+
         Args:
             mlp: the plain MLP; its ``gate_proj``, ``up_proj`` and ``down_proj`` are used.
             kernel_D15: ``ttt_conv.weight``.

@@ -52,7 +52,7 @@ class TensorMap:
         return math.prod(self.shape) * dtype.itemsize
 
     def select_rows(self, start: int, stop: int) -> Iterator[Run]:
-        """The runs that make up rows ``[start, stop)``, cut to size."""
+        """Yield the runs that make up rows ``[start, stop)``, cut to size."""
         first = 0
         for run in self.runs:
             low, high = max(start, first), min(stop, first + run.count)
@@ -132,7 +132,7 @@ def shape_of(letters: str, sizes: dict[str, int]) -> tuple[int, ...]:
 
 
 def sizes_of(model: ModelConfig) -> dict[str, int]:
-    """What the shape letters stand for."""
+    """Return what the shape letters stand for."""
     return {
         "H": model.hidden_size,
         "F": model.ffn_hidden_size,

@@ -79,7 +79,7 @@ class MegatronView:
         return self._by_key[key]
 
     def dtype(self, tensor: TensorMap) -> torch.dtype:
-        """The dtype it is stored in; initialised ones take the embedding's."""
+        """Return the dtype it is stored in; initialised ones take the embedding's."""
         if tensor.megatron in self.drawn:
             return self.folder.tensors["model.embed_tokens.weight"].dtype
         return self.folder.tensors[tensor.sources[0]].dtype
@@ -99,7 +99,7 @@ class MegatronView:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def blocks(self, tensor: TensorMap, limit: int) -> Iterator[tuple[int, Tensor]]:
-        """The whole tensor, block by block of at most ``limit`` bytes."""
+        """Yield the whole tensor, block by block of at most ``limit`` bytes."""
         for start, stop in row_blocks(tensor.shape, self.dtype(tensor), limit):
             yield start, self.rows(tensor, start, stop)
 
@@ -143,7 +143,7 @@ class MegatronView:
                 raise ConfigError([Fault("checkpoint", path, message)])
 
     def _check_tied(self) -> None:
-        """A stored output layer beside tied embeddings must be the embedding."""
+        """Check that a stored output layer beside tied embeddings is the embedding."""
         head, embedding = (self.folder.tensors.get(name) for name in _TIED)
         if not self.model.tied_embeddings or head is None or embedding is None:
             return
@@ -180,7 +180,7 @@ def described_ttt(
     chunk_size: int | None = None,
     eta: float | None = None,
 ) -> tuple[TargetGenerator, TTTConfig]:
-    """The fast weights that an import should give a model.
+    """Return the fast weights that an import should give a model.
 
     Args:
         folder: the source.

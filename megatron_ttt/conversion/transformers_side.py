@@ -148,7 +148,7 @@ def _release(tensor: Tensor) -> None:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """A model of one layer leaves most tensors out; the report about them says nothing."""
+    """Silence the report about tensors that a model of one layer leaves out."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)

@@ -60,7 +60,7 @@ def ttt_from_hf(
     chunk_size: int | None = None,
     eta: float | None = None,
 ) -> TTTConfig | None:
-    """The fast weights that a checkpoint has; ``None`` for a plain model, or with them off.
+    """Return the fast weights that a checkpoint has; ``None`` for a plain model, or with them off.
 
     Layers that the model lacks are dropped with one warning (a published configuration names one).
 
@@ -133,12 +133,12 @@ def _rule(values: Values) -> TTTConfig:
 
 
 def _word(values: Values, key: str, default: Enum) -> str:
-    """The value of a key that holds a member of the default's enum."""
+    """Return the value of a key that holds a member of the default's enum."""
     return values.text(key, default.value, tuple(one.value for one in type(default)))
 
 
 def _layers(listed: list[int] | None, trained: list[int], layers: int, where: str) -> list[int]:
-    """The layers with fast weights, sorted."""
+    """Return the layers with fast weights, sorted."""
     if listed is None:
         return trained or [layer for layer in REFERENCE_LAYERS if layer < layers]
     absent = sorted({layer for layer in listed if not 0 <= layer < layers})
@@ -154,7 +154,7 @@ def _layers(listed: list[int] | None, trained: list[int], layers: int, where: st
 
 
 def hf_from_ttt(ttt: TTTConfig, *, layers: int) -> dict[str, Any]:
-    """The ``ttt_*`` keys; none for a plain model.
+    """Return the ``ttt_*`` keys; none for a plain model.
 
     A convolution that is switched off is exported as an identity kernel, since the published keys
     cannot say that there is none.

@@ -208,7 +208,7 @@ def _logits_error(
     model: ModelConfig,
     ours: Tensor,
 ) -> float:
-    """Final norm and output layer on both sides, some rows of the vocabulary at a time."""
+    """Compare final norm and output layer of both sides, some rows of the vocabulary at a time."""
     name = _EMBEDDING if model.tied_embeddings else "output_layer.weight"
     size = [model.hidden_size]
     norm = megatron.rows("decoder.final_layernorm.weight", 0, *size).float()

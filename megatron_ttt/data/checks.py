@@ -112,7 +112,11 @@ def scan_token_range(facts: DatasetFacts) -> tuple[int, int]:
 
 
 def check_token_range(facts: DatasetFacts, low: int, high: int, *, vocab_size: int) -> None:
-    """:raises IndexedDatasetError: an id below 0 or at least ``vocab_size``, naming both."""
+    """Check that ids lie in the vocabulary.
+
+    Raises:
+        IndexedDatasetError: an id below 0 or at least ``vocab_size``, naming both.
+    """
     if low < 0:
         raise IndexedDatasetError(f"{bin_path(facts.prefix)} holds the negative token id {low}")
     if high >= vocab_size:

@@ -54,7 +54,7 @@ def sidecar_path(prefix: str | Path) -> Path:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type Megatron's own tools take for a vocabulary: uint16 while it fits, else int32."""
+    """Return the type of Megatron's own tools: uint16 while the vocabulary fits, else int32."""
     return np.dtype(np.uint16) if vocab_size < 65500 else np.dtype(np.int32)
 
 
@@ -109,7 +109,7 @@ def merge_indexed(parts: Sequence[str | Path], prefix: str | Path, dtype: np.dty
 
 
 def _mapped_lengths(prefix: str | Path) -> NDArray[np.int32]:
-    """The lengths array of an index that this module wrote, mapped rather than read."""
+    """Return the lengths array of an index that this module wrote, mapped rather than read."""
     with idx_path(prefix).open("rb") as stream:
         header = stream.read(HEADER_BYTES)
     count = struct.unpack_from("<Q", header, len(MAGIC) + 9)[0]
@@ -177,7 +177,11 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: str | Path) -> "Sidecar":
-        """:raises ValueError: the file is no sidecar of a version this program knows."""
+        """Read a sidecar.
+
+        Raises:
+            ValueError: the file is not a sidecar of a version this program knows.
+        """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
             version = fields["version"]

@@ -70,7 +70,7 @@ def list_inputs(
     pattern: str | None,
     option: str = "format=",
 ) -> list[InputFile]:
-    """The files named, and those below the folders named, in the order named and then by path.
+    """Return the files named, and those below the folders named, in that order, then by path.
 
     :param pattern: glob of file names taken from folders; None: the suffixes of ``format``
         (``.txt`` for lines; all of ``SUFFIXES`` for ``auto``), in upper or lower case.
@@ -101,7 +101,7 @@ def list_inputs(
 
 
 def read_text(path: str | Path) -> str:
-    """A whole file of text: UTF-8, a byte order mark at its start dropped, line ends as they are.
+    """Read a whole file of text: UTF-8 without its byte order mark, line ends as they are.
 
     :raises ValueError: it cannot be read, or is something else; one line that names the file.
     """
@@ -171,7 +171,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _format_of(path: Path, format: InputFormat, option: str) -> InputFormat:
-    """The format of a file whose content was looked at.
+    """Return the format of a file whose content was looked at.
 
     :raises ValueError: content and name, or content and ``format``, disagree.
     :raises OSError: the file cannot be read.
@@ -271,7 +271,7 @@ def _shape(path: Path) -> _Shape:
 
 
 def _next_line(stream: BinaryIO) -> str:
-    """The next line that is not blank; empty at the end."""
+    """Return the next line that is not blank; empty at the end."""
     while raw := stream.readline(_LINE_BYTES):
         line = raw.removeprefix(UTF8_MARK).decode("utf-8", "replace").strip()
         if line:

@@ -151,7 +151,7 @@ def _check_numbers(options: PreprocessOptions) -> None:
 
 
 def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], dict[str, Any]]:
-    """The inputs, the shards, and the record of both that a continued job must equal."""
+    """Return the inputs, the shards, and the record of both that a continued job must equal."""
     files = list_inputs(options.inputs, format=options.format, pattern=options.pattern)
     shards = cut_shards(files, column=options.column, shard_bytes=options.shard_bytes)
     identity = load_tokenizer(
@@ -236,7 +236,11 @@ def _first_difference(old: Any, new: Any, name: str) -> str | None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """:raises ValueError: another process works on the same output right now."""
+    """Be the only process that works on an output.
+
+    Raises:
+        ValueError: another process works on it right now.
+    """
     with (folder / "lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -248,7 +252,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _run_shards(
     jobs: Sequence[ShardJob], workers: int, progress: Progress
 ) -> tuple[list[ShardReport], set[int]]:
-    """Reports in the shards' order, up to the first that stopped; and which were done before."""
+    """Return reports in the shards' order, up to the first that stopped, and which were done."""
     done = {job.number: report for job in jobs if (report := finished_report(job)) is not None}
     todo = [job for job in jobs if job.number not in done]
     progress.begin(

@@ -26,7 +26,7 @@ _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 
 
 def library_files(root: Path) -> list[Path]:
-    """The library's ``.py`` files below ``root``, sorted by path, installed packages left out."""
+    """Return the library's ``.py`` files below ``root`` by path, installed packages left out."""
     files = (path for path in root.rglob("*.py") if path.is_file())
     return sorted(p for p in files if not _FOREIGN_FOLDERS & set(p.relative_to(root).parts))
 

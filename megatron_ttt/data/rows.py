@@ -32,7 +32,7 @@ class Batch:
     sample_ids_B: Tensor  # int64
 
     def pin_memory(self) -> "Batch":
-        """A copy in page-locked memory; torch's DataLoader calls this under ``pin_memory``."""
+        """Return a copy in page-locked memory; the DataLoader calls this under ``pin_memory``."""
         return Batch(**{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
@@ -45,7 +45,7 @@ class Batch:
 
 
 def document_starts(tokens_BT: Tensor, padding_BT: Tensor, *, eod: int) -> Tensor:
-    """True at a row's first token, and at each real token whose real predecessor is ``eod``.
+    """Return true at a row's first token, and at each real token whose real predecessor is ``eod``.
 
     Padding between an ``eod`` and the next document belongs to neither: the start is the first
     real token after it. A row that opens with padding has two starts, its place 0 and its first

@@ -87,7 +87,7 @@ class ShardReport:
 
 
 def finished_report(job: ShardJob) -> ShardReport | None:
-    """The report of a shard that an earlier start completed; None if it has to be done."""
+    """Return the report of a shard that an earlier start completed; None if it has to be done."""
     if not job.report_path.is_file():
         return None
     report = ShardReport.read(job.report_path)
@@ -180,7 +180,7 @@ def _count_damage(
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(identity: TokenizerIdentity) -> Tokenizer:
-    """The tokenizer, loaded once per process, with the ids that the job's identity fixed.
+    """Return the tokenizer, loaded once per process, with the ids that the job's identity fixed.
 
     :raises ValueError: it can no longer be loaded, or its rules changed since the job began.
     """
@@ -197,7 +197,7 @@ def _tokenizer(identity: TokenizerIdentity) -> Tokenizer:
 
 
 def exit_with_parent() -> None:
-    """Initialiser of a worker: end it when the program that started it is gone, however it went.
+    """Initialise a worker: end it when the program that started it is gone, however it went.
 
     A worker of a killed pool waits for work for ever: it holds an end of the pool's pipe itself.
     """

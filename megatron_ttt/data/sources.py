@@ -99,7 +99,7 @@ def open_source(
 def _common_tokenizer(
     all_facts: Sequence[DatasetFacts], config: TokenizerConfig
 ) -> TokenizerIdentity:
-    """The sidecars' tokenizer; for datasets without a sidecar the configured one."""
+    """Return the sidecars' tokenizer; for datasets without a sidecar the configured one."""
     known: list[tuple[str, TokenizerIdentity]] = []
     for facts in all_facts:
         if facts.sidecar is not None:
@@ -139,7 +139,7 @@ def _common_tokenizer(
 
 
 def _identity_without_sidecar(facts: DatasetFacts, config: TokenizerConfig) -> TokenizerIdentity:
-    """What the configuration says; whether documents have a start, their first one shows."""
+    """Return what the configuration says; whether documents have a start, their first one shows."""
     identity = load_tokenizer(
         config.kind.value, config.name, start=config.bos or Bos.model
     ).identity
@@ -148,8 +148,10 @@ def _identity_without_sidecar(facts: DatasetFacts, config: TokenizerConfig) -> T
 
 
 def _check_start(prefix: str, identity: TokenizerIdentity, config: TokenizerConfig) -> None:
-    """
-    :raises ValueError: ``config`` says what documents begin with, and these begin otherwise.
+    """Check what documents begin with.
+
+    Raises:
+        ValueError: ``config`` says it, and these documents begin otherwise.
     """
     if config.bos is None:
         return

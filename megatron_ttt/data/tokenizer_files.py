@@ -30,7 +30,7 @@ class TokenizerFiles:
 
 
 def load_files(name: str) -> TokenizerFiles:
-    """A tokenizer that encodes whole texts, from a folder or by its name on a hub.
+    """Return a tokenizer that encodes whole texts, from a folder or by its name on a hub.
 
     :raises ValueError: it cannot be loaded, or its merges are random.
     """
@@ -63,7 +63,7 @@ def _load_from_hub(name: str) -> TokenizerFiles:
 
 
 def _load_folder(folder: Path) -> TokenizerFiles:
-    """A folder's ``tokenizer.json`` and the marks its ``tokenizer_config.json`` names."""
+    """Return a folder's ``tokenizer.json`` and the marks its ``tokenizer_config.json`` names."""
     import tokenizers
 
     path = folder / "tokenizer.json"
@@ -137,7 +137,7 @@ def start_ids(files: TokenizerFiles, name: str, bos: Bos) -> tuple[int, ...]:
 
 
 def _own_start(backend: Any) -> tuple[int, ...]:
-    """What the tokenizer's post-processor puts before a text, found by encoding one."""
+    """Return what the tokenizer's post-processor puts before a text, found by encoding one."""
     words = ["a", *backend.get_vocab(with_added_tokens=False)]
     text = next((w for w in words if backend.encode(w, add_special_tokens=False).ids), "")
     plain = backend.encode(text, add_special_tokens=False).ids

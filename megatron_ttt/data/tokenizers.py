@@ -40,7 +40,7 @@ class TokenizerIdentity:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "TokenizerIdentity":
-        """A record without ``start`` was written when no document got one."""
+        """Return a record without ``start`` was written when no document got one."""
         whole = {"start": (), **fields}
         known = {name: whole[name] for name in cls.__dataclass_fields__}
         return cls(**{**known, "start": tuple(known["start"])})
@@ -75,11 +75,11 @@ class Tokenizer(Protocol):
         ...
 
     def spelled(self, text: str) -> list[str]:
-        """Marks that ``text`` spells out, without repetition."""
+        """Return the marks that ``text`` spells out, without repetition."""
         ...
 
     def encode_array(self, text: str) -> NDArray[np.int64]:
-        """The ids of ``encode`` as an array [tokens]; what preprocessing calls, once a document."""
+        """Return the ids of ``encode`` as an array [tokens]; called once a document."""
         ...
 
     def decode(self, ids: list[int]) -> str:
@@ -242,7 +242,7 @@ def load_tokenizer(
     start: Bos | Sequence[int] = Bos.model,
     spelled: Spelled = Spelled.characters,
 ) -> Tokenizer:
-    """The tokenizer of ``kind`` (``bytes`` or ``huggingface``), with other ids for its marks.
+    """Open the tokenizer of ``kind`` (``bytes`` or ``huggingface``), with other ids for marks.
 
     :param start: what stands before a document or prompt.
     :param spelled: what a special token is that a text spells out.
@@ -266,7 +266,7 @@ def load_tokenizer(
 
 
 def document_ids(tokenizer: Tokenizer, text: str) -> NDArray[np.int64]:
-    """The tokenizer's start and the ids of ``text`` [tokens]; without the end of document."""
+    """Return the start and the ids of ``text`` [tokens], without the end of document."""
     start = np.asarray(tokenizer.start, dtype=np.int64)
     return np.concatenate([start, tokenizer.encode_array(text)])
 

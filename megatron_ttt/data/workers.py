@@ -6,7 +6,7 @@ import threading
 
 
 def leave_with_parent_alone(worker: int) -> None:
-    """A data worker's start: from now on only its parent's SIGTERM ends it.
+    """Start a data worker: from now on only its parent's SIGTERM ends it.
 
     A scheduler that preempts a run signals every process of it. The trainer then finishes its
     step, for which it needs its workers: one that died would end the run without a checkpoint.

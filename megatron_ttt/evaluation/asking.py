@@ -88,7 +88,7 @@ class Answered:
 
 
 def open_haystack(path: str | None, *, key: str) -> Haystack:
-    """The text file, or noise where there is none.
+    """Return the text file, or noise where there is none.
 
     Raises:
         ConfigError: it cannot be read.
@@ -225,7 +225,7 @@ def _batches(items: Sequence[Item], numbers: Sequence[int], batch_size: int) -> 
 
 
 def _progress(subject: Subject) -> Progress:
-    """A bar on the first rank, where a person is watching."""
+    """Return a bar on the first rank, where a person is watching."""
     console = Console()
     return Progress(
         TextColumn("[bold]{task.description}"),

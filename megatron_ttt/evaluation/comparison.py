@@ -72,7 +72,8 @@ class Result:
 
 
 def read_result(path: Path) -> Result:
-    """
+    """Read what ``task=perplexity`` wrote.
+
     Raises:
         ValueError: the file is no evaluation of a run's perplexity; one line.
     """
@@ -152,7 +153,7 @@ class Setting:
 
 
 def group(results: Sequence[Result]) -> list[Setting]:
-    """Settings, baselines first, then by their mean loss beyond the window.
+    """Return settings, baselines first, then by their mean loss beyond the window.
 
     A setting is named by the keys in which it differs from the most frequent value.
 
@@ -199,7 +200,8 @@ def compare(results: Sequence[Result]) -> Report:
 
 
 def _check_texts(results: Sequence[Result]) -> None:
-    """
+    """Check that all results are about the same text.
+
     Raises:
         ValueError: two results are not about the same text; names both.
     """
@@ -219,7 +221,7 @@ def _check_texts(results: Sequence[Result]) -> None:
 
 
 def _unnamed_texts(results: Sequence[Result]) -> list[str]:
-    """A warning if some results, of an older version, do not name their text."""
+    """Return a warning if some results, of an older version, do not name their text."""
     without = [result.path for result in results if result.digest is None]
     if not without:
         return []

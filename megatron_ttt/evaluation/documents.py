@@ -177,7 +177,7 @@ def _range(facts: DatasetFacts, split: DataSplit, shares: str) -> tuple[int, int
 
 
 def _data_config(subject: Subject, data: EvaluationData) -> DataConfig:
-    """The run's data with what ``data.*`` of the evaluation changes.
+    """Return the run's data with what ``data.*`` of the evaluation changes.
 
     Raises:
         ConfigError: there is neither a run that says what it read nor ``data.path``.

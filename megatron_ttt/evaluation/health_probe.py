@@ -108,7 +108,7 @@ def entering_states(
     plan: ChunkPlan,
     chunks: Sequence[int],
 ) -> Iterator[tuple[int, Tensor]]:
-    """The layer's state ``[B, D, F]`` that enters each of ``chunks``, ascending from 1.
+    """Yield the layer's state ``[B, D, F]`` that enters each of ``chunks``, ascending from 1.
 
     One state is alive at a time: take from it what is needed before the next.
     """

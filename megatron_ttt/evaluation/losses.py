@@ -33,7 +33,7 @@ class Losses:
     count_NP: Tensor
 
     def in_bins(self, bins: int) -> Losses:
-        """The same in ``bins`` equal stretches of what are positions here."""
+        """Return the same in ``bins`` equal stretches of what are positions here."""
         total, count = (
             values.unflatten(1, (bins, -1)).sum(-1) for values in (self.total_NP, self.count_NP)
         )
@@ -52,7 +52,7 @@ class Losses:
         return float(self.total_NP.sum() / self.count_NP.sum())
 
     def error_of_difference(self, other: Losses) -> list[float]:
-        """Standard error of the mean over rows of the difference, per bin: rows are paired."""
+        """Return the standard error over rows of the mean difference, per bin: rows are paired."""
         difference_NP = self.total_NP / self.count_NP - other.total_NP / other.count_NP
         rows = len(difference_NP)
         if rows < 2:

@@ -41,7 +41,7 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's library reports its starts and stops there, below Python."""
+    """Silence what the profiler's library prints at its start and stop, below Python."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:

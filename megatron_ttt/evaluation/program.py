@@ -94,7 +94,7 @@ def output_folder(source: Checkpoint, config: EvaluationConfig) -> Path:
 
 
 def file_name(config: EvaluationConfig) -> str:
-    """The task, and what was changed of the checkpoint's own update rule."""
+    """Return the task, and what was changed of the checkpoint's own update rule."""
     rule = asdict(config.ttt)
     changed = {name: rule[name] for name in ("eta", "chunk_size", "decay")}
     changed |= {f"clip.{name}": value for name, value in rule["clip"].items()}
@@ -103,7 +103,7 @@ def file_name(config: EvaluationConfig) -> str:
 
 
 def _checkpoints(pattern: str) -> list[str]:
-    """The checkpoint named, or every folder that a pattern with ``*`` matches."""
+    """Return the checkpoint named, or every folder that a pattern with ``*`` matches."""
     if "*" not in pattern or pattern.startswith(HF_SCHEME):
         return [pattern]
     found = sorted(match for match in glob.glob(pattern) if Path(match).is_dir())

@@ -112,7 +112,7 @@ EVALUATION_BOUNDS: Mapping[str, Bound] = {
 
 
 def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
-    """What types cannot say, as far as no checkpoint has to be opened for it."""
+    """Return what types cannot say, as far as no checkpoint has to be opened for it."""
     faults = bound_faults(config, EVALUATION_BOUNDS)
     # paths of data.path are looked at where they are opened
     faults += [Fault(key, value, "is empty") for key, value in flat_values(config) if value == []]
@@ -122,7 +122,7 @@ def evaluation_faults(config: EvaluationConfig) -> list[Fault]:
 
 
 def _served_faults(config: EvaluationConfig) -> Iterator[Fault]:
-    """What the classes of exported models cannot do."""
+    """Yield what the classes of exported models cannot do."""
     if config.through not in TASKS[config.task.name].through:
         able = [name for name, task in TASKS.items() if config.through in task.through]
         message = f"only {', '.join(able)} runs through transformers' classes"
@@ -136,7 +136,7 @@ def _served_faults(config: EvaluationConfig) -> Iterator[Fault]:
 
 
 def _reads(*texts: Text) -> tuple[Condition, ...]:
-    """The key has an effect on tasks that read one of ``texts``."""
+    """Return the key has an effect on tasks that read one of ``texts``."""
     return (Condition("task", lambda config: TASKS[config.task.name].text in texts),)
 
 

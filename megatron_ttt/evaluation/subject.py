@@ -37,7 +37,7 @@ from megatron_ttt.training.distributed import Ranks, distributed
 def evaluation_reading(
     source: Checkpoint, config: EvaluationConfig, *, length: int, world_size: int
 ) -> Config:
-    """The configuration under which a checkpoint is evaluated.
+    """Return the configuration under which a checkpoint is evaluated.
 
     Args:
         source: the checkpoint; the update rule is its own, changed by ``config.ttt``.
@@ -134,7 +134,7 @@ class Subject:
     through: Through = Through.megatron
 
     def new_session(self, mode: TTTMode, *, batch: int) -> ModelSession:
-        """A session of ``batch`` rows that has read nothing."""
+        """Return a session of ``batch`` rows that has read nothing."""
         return ModelSession(
             self.model,
             self.config,
@@ -146,7 +146,8 @@ class Subject:
         )
 
     def need_tokenizer(self) -> Tokenizer:
-        """
+        """Return the tokenizer.
+
         Raises:
             ConfigError: nobody says which tokenizer the model belongs to.
         """

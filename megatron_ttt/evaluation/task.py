@@ -75,7 +75,7 @@ class Task(Generic[Settings]):
     through: frozenset[Through] = frozenset({Through.megatron})
 
     def settings_of(self, config: EvaluationConfig, name: str) -> Settings:
-        """The task's own keys in a whole configuration."""
+        """Return the task's own keys in a whole configuration."""
         found: Any = getattr(config, name)
         assert isinstance(found, self.settings)
         return found

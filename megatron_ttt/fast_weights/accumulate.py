@@ -36,7 +36,7 @@ def state_dtype(compute_dtype: torch.dtype) -> torch.dtype:
 
 
 def choose_accumulator(state: Tensor, operand: Tensor) -> Accumulator:
-    """The one place that decides how ``accumulate_product`` multiplies."""
+    """Return the one place that decides how ``accumulate_product`` multiplies."""
     if operand.dtype == state.dtype:
         return Accumulator.SAME_DTYPE
     if not operand.is_cpu and state.dtype == torch.float32:

@@ -96,7 +96,7 @@ class ChunkPlan:
             yield block.rows, slice(first + block.start, first + block.stop)
 
     def select_tokens(self, ranges: Sequence[tuple[int, int]]) -> ChunkPlan:
-        """The plan of the concatenated token ranges ``[start, stop)``, whole chunks each.
+        """Return the plan of the concatenated token ranges ``[start, stop)``, whole chunks each.
 
         A context-parallel rank calls this on the whole row's plan with the ranges it holds, in
         local memory order. Only the row's own end may cut a chunk, and only in the last range.
@@ -252,7 +252,7 @@ def _group_blocks(
 
 
 def _written_runs(writes_BNC: Tensor) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """Runs of consecutive written tokens for each (batch row, chunk) that has any."""
+    """Return runs of consecutive written tokens for each (batch row, chunk) that has any."""
     step_BNC = torch.nn.functional.pad(writes_BNC.to(torch.int8), (1, 1)).diff(dim=2)
     runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
     # nonzero walks in row order, so the i-th rise and the i-th fall bound the i-th run.

@@ -39,7 +39,7 @@ def reference_fast_weight(
     factors_BN: Tensor | None = None,
     bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs ``[B, T, D]`` and the state after the last complete chunk ``[B, D, F]``.
+    """Return outputs ``[B, T, D]`` and the state after the last complete chunk ``[B, D, F]``.
 
     ``bound``: the bounded rule, ``S' = (gamma S + M) B / (B + norm(M))``, M the summary after
     normalisation and clip, ``B = bound * norm(W0) / eta``.

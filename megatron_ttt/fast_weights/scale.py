@@ -62,7 +62,7 @@ def summary_scales(
 
 
 def clip_bound(clip: Clip, weight_DF: Tensor, reduce_sums: ReduceSums) -> Tensor | float:
-    """The bound of ``eta * norm(M)``: a number, or a tensor without dims.
+    """Return the bound of ``eta * norm(M)``: a number, or a tensor without dims.
 
     Raises:
         ValueError: the bound is not positive.

@@ -205,7 +205,7 @@ class _StateSweep:
     def apply(
         self, chunk: int, inputs_BTX: Tensor, outputs_BTY: Tensor, *, transposed: bool
     ) -> None:
-        """``outputs = inputs @ (W0 + eta S)`` or its transpose; fresh rows by ``W0`` alone."""
+        """Compute ``inputs @ (W0 + eta S)`` or its transpose; fresh rows by ``W0`` alone."""
         blocks, weight_DF = self.call.plan.blocks[chunk], self.tensors.weight_DF
         slow_BDF = weight_DF.expand(self.state_BDF.shape)
         carried_BDF = slow_BDF
@@ -357,7 +357,7 @@ class _GradientSweep:
 def _entering_states(
     tensors: ScanTensors, carry_BDF: Tensor | None, call: ScanCall, factors_SB: Tensor | None
 ) -> Tensor | None:
-    """The state entering each local span, ``[S, B, D, F]``; None where it is zero."""
+    """Return the state entering each local span, ``[S, B, D, F]``; None where it is zero."""
     carry = None if carry_BDF is None else carry_BDF.to(tensors.state_dtype)
     if call.exchange is None:
         return None if carry is None else carry[None]

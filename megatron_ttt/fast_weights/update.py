@@ -145,7 +145,7 @@ def fast_weight_scan(
 def written_state(
     state_BDF: Tensor, keys_BTF: Tensor, write: Write, weight_DF: Tensor, *, plan: ChunkPlan
 ) -> Tensor:
-    """The state behind the plan's chunks: ``f k S + L^T R``, ``[B, D, F]``. Differentiable.
+    """Return the state behind the plan's chunks: ``f k S + L^T R``, ``[B, D, F]``. Differentiable.
 
     For the unfinished last chunk, which :func:`fast_weight_scan` applies and never writes (lay a
     plan of one chunk over its tokens), and for a decoder whose chunk has just filled. Rows that

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A CPU tensor on ``device``; the host goes on while it travels.
+    """Return a CPU tensor on ``device``; the host goes on while it travels.
 
     Only a copy out of page-locked memory is asynchronous, and operations such as ``torch.cat``
     put their result into ordinary memory: so it is locked here, unless it is already.

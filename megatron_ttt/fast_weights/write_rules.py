@@ -58,12 +58,12 @@ class TokenInputs:
         return self.source_BTH if self.hidden_BTH is None else self.hidden_BTH
 
     def __iter__(self) -> Iterator[Tensor]:
-        """The tensors that are there, keys first."""
+        """Yield the tensors that are there, keys first."""
         held = (self.keys_BTF, self.source_BTH, self.hidden_BTH)
         return (tensor for tensor in held if tensor is not None)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> TokenInputs:
-        """The inputs with a function of each tensor in its place."""
+        """Return the inputs with a function of each tensor in its place."""
         hidden_BTH = None if self.hidden_BTH is None else function(self.hidden_BTH)
         return TokenInputs(function(self.keys_BTF), function(self.source_BTH), hidden_BTH)
 
@@ -82,7 +82,7 @@ class Write:
     factors_BN: Tensor | None = None
 
     def select(self, plan: ChunkPlan, chunks: range) -> Write:
-        """What the tokens of neighbouring chunks write. ``plan``: of all the tokens."""
+        """Return what the tokens of neighbouring chunks write. ``plan``: of all the tokens."""
         first, last = plan.tokens_of(chunks[0])[0], plan.tokens_of(chunks[-1])[1]
         return Write(
             self.targets_BTD[:, first:last],
@@ -118,7 +118,7 @@ class WriteCall:
         )
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter of the rule's own."""
+        """Return a parameter of the rule's own."""
         value = self.parameters[name]
         assert value is not None, name
         return value
@@ -163,5 +163,5 @@ WRITE_RULES: dict[WriteKind, WriteRule] = {
 
 
 def write(inputs: TokenInputs, targets_BTD: Tensor, call: WriteCall) -> Write:
-    """What tokens with targets V ``[B, T, D]`` write under the rule of ``call``."""
+    """Return what tokens with targets V ``[B, T, D]`` write under the rule of ``call``."""
     return WRITE_RULES[call.rule.write.kind](inputs, targets_BTD, call)

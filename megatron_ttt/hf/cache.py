@@ -41,7 +41,7 @@ class FastWeightCache(DynamicCache):
         return False
 
     def state_of(self, layer: int, *, batch: int) -> FastWeightState:
-        """The state of a layer, a fresh one before its first call."""
+        """Return the state of a layer, a fresh one before its first call."""
         if layer not in self.fast_weights:
             self.fast_weights[layer] = FastWeightState(self.rule, batch=batch)
         return self.fast_weights[layer]

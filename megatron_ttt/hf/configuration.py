@@ -34,12 +34,12 @@ PUBLISHED_LAYERS = range(0, 31, 6)
 
 
 def fast_layers(config: Any) -> list[int]:
-    """Indices, from 0, of the layers with fast weights; sorted."""
+    """Return the indices, from 0, of the layers with fast weights; sorted."""
     return list(config.ttt_layers)
 
 
 def update_rule(config: Any) -> UpdateRule:
-    """The update rule that a configuration describes."""
+    """Return the update rule that a configuration describes."""
     return rule_from_keys(partial(getattr, config))
 
 

@@ -115,7 +115,7 @@ class FastWeightMLP(nn.Module):
         return shift_back(output.outputs_BTD, layout.places_BT)
 
     def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
-        """What tokens write under a rule whose parameters this layer has."""
+        """Return what tokens write under a rule whose parameters this layer has."""
         dtype = tokens.keys_BTF.dtype  # under autocast the keys decide the compute dtype
         targets_BTD = target_from_source(
             tokens.source_BTH,
@@ -141,7 +141,7 @@ def call_layout(
     cache: FastWeightCache | None,
     config: Any,
 ) -> CallLayout:
-    """The layout of one call, shared by all layers.
+    """Return the layout of one call, shared by all layers.
 
     Args:
         embeddings_BTD: input embeddings of the call's tokens.

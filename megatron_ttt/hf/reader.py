@@ -24,7 +24,8 @@ class TransformersReader:
     """
 
     def __init__(self, model: Any, *, batch: int, cache: FastWeightCache | None = None) -> None:
-        """
+        """Take what it computes from.
+
         Args:
             model: in ``eval`` mode; with or without fast weights.
             batch: rows.

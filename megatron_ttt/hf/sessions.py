@@ -27,7 +27,7 @@ from megatron_ttt.inference.state_files import (
 
 
 def model_identity(model: Any) -> Identity:
-    """What this model's sessions and memories belong to. Reads every weight once: keep it."""
+    """Identify this model to its sessions and memories. Reads every weight once: keep it."""
     config = model.config
     return identity_of(
         update_rule(config),
@@ -75,7 +75,7 @@ def save_session(
 def load_session(
     path: Path | str, model: Any, identity: Identity
 ) -> tuple[FastWeightCache, dict[str, Tensor], dict[str, Any]]:
-    """The cache, tensors and extras of ``save_session``.
+    """Return the cache, tensors and extras of ``save_session``.
 
     Raises:
         StateFileError: the file is missing, damaged, no session, or of another model.
@@ -116,7 +116,7 @@ def save_memory(
 def load_memory(
     path: Path | str, model: Any, identity: Identity, *, batch: int = 1
 ) -> FastWeightCache:
-    """A fresh cache at position 0 whose fast weights are the memory's, in every row.
+    """Return a fresh cache at position 0 whose fast weights are the memory's, in every row.
 
     Raises:
         StateFileError: the file is missing, damaged, no memory, or of another model; or it holds

@@ -46,7 +46,8 @@ class Turn:
 
     @classmethod
     def restored(cls, tensors: dict[str, Tensor], extra: dict[str, Any], path: Path) -> Turn:
-        """
+        """Return the turn that a session was saved with.
+
         Raises:
             StateFileError: the session was saved without it.
         """
@@ -75,11 +76,12 @@ class Backend(Protocol, Generic[AnyReader]):
     tokenizer: ModelTokenizer
 
     def new_reader(self, batch: int) -> AnyReader:
-        """Reads from position 0 with the trained weights."""
+        """Return a reader at position 0 with the trained weights."""
         ...
 
     def save_session(self, path: Path, reader: AnyReader, turn: Turn) -> None:
-        """
+        """Write everything that a conversation goes on from to a file.
+
         Raises:
             StateFileError: it cannot be written, or the fast weights are off.
         """
@@ -90,21 +92,24 @@ class Backend(Protocol, Generic[AnyReader]):
         ...
 
     def load_session(self, path: Path) -> tuple[AnyReader, Turn]:
-        """
+        """Return the reader and the turn that a session was saved with.
+
         Raises:
             StateFileError: missing, damaged, of another model, or the fast weights are off.
         """
         ...
 
     def save_memory(self, path: Path, reader: AnyReader, rest: Unfinished) -> None:
-        """
+        """Write the fast weights' states, without the context, to a file.
+
         Raises:
             StateFileError: as ``save_session``; or no chunk has been written.
         """
         ...
 
     def load_memory(self, path: Path, batch: int) -> AnyReader:
-        """
+        """Return a reader at position 0 with a memory's states.
+
         Raises:
             StateFileError: as ``load_session``.
         """

@@ -235,7 +235,7 @@ def write_plain(
     shard_bytes: int,
     check: Callable[[Path], None],
 ) -> None:
-    """The plain architecture's checkpoint with ``W0 + eta * S`` as its down projections.
+    """Write the plain architecture's checkpoint with ``W0 + eta * S`` as its down projections.
 
     Args:
         source: of a model with fast weights.
@@ -294,7 +294,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def _rows(
     source: HFFolder, read: Mapping[str, Tensor], eta: float, piece: Piece
 ) -> Iterator[Tensor]:
-    """A tensor's rows in order; the sum is rounded once, to the tensor's dtype."""
+    """Yield a tensor's rows in order; the sum is rounded once, to the tensor's dtype."""
     matrix_DF = read.get(piece.name)
     for start, stop in row_blocks(piece.shape, piece.dtype, BLOCK_BYTES):
         rows = source.rows(piece.name, start, stop)

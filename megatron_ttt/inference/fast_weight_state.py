@@ -187,7 +187,7 @@ class FastWeightState:
         self.select([row for row in range(self.batch) for _ in range(times)])
 
     def unfinished(self) -> TokenInputs | None:
-        """The tokens that wait, ``[B, P, ...]``, P the longest row's; or None."""
+        """Return the tokens that wait, ``[B, P, ...]``, P the longest row's; or None."""
         longest = max(self.pending)
         if self._kept is None or longest == 0:
             return None

@@ -104,7 +104,8 @@ class MegatronBackend:
 
     @cached_property
     def identity(self) -> Identity:
-        """
+        """Identify the model to its sessions and memories.
+
         Raises:
             StateFileError: there are no fast weights to save or load.
         """
@@ -120,7 +121,7 @@ class MegatronBackend:
         )
 
     def own_file(self, path: Path) -> Path:
-        """The file of this tensor-parallel rank; ``path`` itself without tensor parallelism."""
+        """Return the file of this tensor-parallel rank; ``path`` itself with only one."""
         tp = self.ranks.groups.tp
         return path if tp.size() == 1 else path.with_name(f"{path.name}.tp{tp.rank()}")
 

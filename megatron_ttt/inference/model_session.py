@@ -85,7 +85,7 @@ class ModelSession:
         device: torch.device,
         mode: TTTMode = TTTMode.in_place,
     ) -> None:
-        """A session that has read nothing.
+        """Start a session that has read nothing.
 
         Args:
             model: built from ``config`` with the torch attention backend, in ``eval`` mode.
@@ -195,7 +195,7 @@ class ModelSession:
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, window: int | None,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        """Queries ``[L, B, A, E]``, keys and values ``[L, B, G, E]`` to ``[L, B, A * E]``."""
+        """Attend: queries ``[L, B, A, E]``, keys, values ``[L, B, G, E]`` to ``[L, B, A * E]``."""
         assert self._runs is not None
         ranges = None
         if self._split is not None:

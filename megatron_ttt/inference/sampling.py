@@ -54,7 +54,7 @@ class Sampler:
         return torch.multinomial(probabilities_BV, 1, generator=self.generator)[:, 0].tolist()
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
-        """What ``choose`` draws from: ``[B, V]`` float32 on the CPU, 0 outside top-k and top-p."""
+        """Return what ``choose`` draws from: ``[B, V]`` float32, CPU, 0 outside top-k and top-p."""
         scaled_BV = logits_BV.detach().float().cpu() / self.settings.temperature
         if self.settings.top_k is not None:
             k = min(self.settings.top_k, scaled_BV.shape[-1])

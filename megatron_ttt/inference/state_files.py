@@ -89,7 +89,7 @@ def identity_of(
     weights: Iterable[tuple[str, Tensor]],
     layout: str = "1 rank",
 ) -> Identity:
-    """The identity of a model's fast weights; reads every weight once."""
+    """Return the identity of a model's fast weights; reads every weight once."""
     return Identity(
         weights=digest_tensors(weights),
         layers=tuple(sorted(layers)),
@@ -127,7 +127,7 @@ def pack_states(states: Mapping[int, FastWeightState]) -> tuple[dict[str, Tensor
 def unpack_states(
     file: StateFile, rule: UpdateRule, *, device: torch.device | str
 ) -> dict[int, FastWeightState]:
-    """The layers' states of a session, or of a memory as they enter a fresh context.
+    """Return the layers' states of a session, or of a memory as they enter a fresh context.
 
     Raises:
         StateFileError: tensors or places are missing or do not fit together.
@@ -237,7 +237,7 @@ def load_state(path: Path | str, kind: StateKind, identity: Identity) -> StateFi
 
 
 def pack_memory(states: Mapping[int, FastWeightState]) -> dict[str, Tensor]:
-    """The fast weights alone; flush first what the unfinished chunks hold, or lose it.
+    """Return the fast weights alone; flush first what the unfinished chunks hold, or lose it.
 
     Raises:
         StateFileError: no chunk has been written yet.

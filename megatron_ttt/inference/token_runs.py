@@ -54,7 +54,7 @@ def whole_runs(batch: int, length: int) -> TokenRuns:
 
 
 def runs_of_mask(real_BT: Tensor) -> TokenRuns:
-    """The runs of a mask that is true (or 1) on real tokens, ``[B, T]``. Waits for its device.
+    """Return the runs of a mask, true (or 1) on real tokens, ``[B, T]``. Waits for its device.
 
     Raises:
         ValueError: a row's real tokens are not one run.
@@ -83,7 +83,7 @@ def shift_to_start(tokens_BTX: Tensor, places_BT: Tensor | None) -> Tensor:
 
 
 def shift_back(tokens_BTX: Tensor, places_BT: Tensor | None) -> Tensor:
-    """The inverse of ``shift_to_start``; differentiable."""
+    """Return the inverse of ``shift_to_start``; differentiable."""
     if places_BT is None:
         return tokens_BTX
     return shift_to_start(tokens_BTX, places_BT.argsort(dim=1))

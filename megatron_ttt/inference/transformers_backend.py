@@ -74,7 +74,7 @@ def write_rule(config: Any, rule: TTTConfig) -> None:
 
 
 def _class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The class that reads a folder with its fast weights, and keys that its file leaves out.
+    """Return the class that reads a folder with its fast weights, and keys its file lacks.
 
     Raises:
         ConfigError: the folder has fast weights that no class would read.
@@ -107,7 +107,8 @@ class TransformersBackend:
         device: torch.device | None = None,
         rule: ReadingRule | None = None,
     ) -> None:
-        """
+        """Load the model.
+
         Args:
             folder: with ``config.json`` and safetensors.
             fast_weights: False reads the same checkpoint without them.
@@ -146,7 +147,8 @@ class TransformersBackend:
 
     @cached_property
     def identity(self) -> Identity:
-        """
+        """Identify the model to its sessions and memories.
+
         Raises:
             StateFileError: there are no fast weights to save or load.
         """

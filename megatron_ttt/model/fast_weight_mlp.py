@@ -103,7 +103,7 @@ class FastWeightMLP(MLP):
             weight.sequence_parallel = config.sequence_parallel
 
     def _parameter(self, name: str) -> Tensor | None:
-        """A parameter that the rule adds, as this rank computes with it; ``None`` without it."""
+        """Return a parameter that the rule adds, as this rank computes with it, or ``None``."""
         if name not in self.added:
             return None
         value: Tensor = getattr(self, name.split(".")[0])()
@@ -112,7 +112,7 @@ class FastWeightMLP(MLP):
         return value
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Called by Megatron's layer with its number, which starts at 1."""
+        """Take the layer's number, from 1; Megatron's layer calls it."""
         self.layer = layer_number - 1
 
     def forward(
@@ -138,7 +138,7 @@ class FastWeightMLP(MLP):
     def _read_and_write(
         self, inputs: Tensor, keys: Tensor, weight: Tensor, layout: SequenceLayout
     ) -> Tensor:
-        """The down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
+        """Return the down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
         assert layout.plan is not None
         tokens = self._token_inputs(inputs, keys, layout)
         output = fast_weight_scan(
@@ -189,7 +189,7 @@ class FastWeightMLP(MLP):
         return self._whole(layout.embeddings)
 
     def _token_inputs(self, inputs: Tensor, keys: Tensor, layout: SequenceLayout) -> TokenInputs:
-        """What the rule reads of each token, batch first; keys are this tensor rank's columns."""
+        """Return what the rule reads of each token, batch first; keys: this rank's columns."""
         hidden = inputs.transpose(0, 1) if reads_hidden_apart(self.rule) else None
         source = self._source(inputs, layout).transpose(0, 1)
         return TokenInputs(keys.transpose(0, 1), source, hidden)
@@ -205,7 +205,7 @@ class FastWeightMLP(MLP):
         return tokens.keys_BTF, self.make_write(tokens, layout.plan, self.rule)
 
     def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
-        """What tokens write, its targets whole on every tensor rank.
+        """Return what tokens write, its targets whole on every tensor rank.
 
         Args:
             tokens: ``[B, L, ...]``, keys split over tensor ranks; every rank must call.

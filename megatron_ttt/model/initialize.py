@@ -30,7 +30,7 @@ Draw = Callable[[str, tuple[int, ...], torch.Generator], Tensor]
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator whose stream depends on the seed and the name alone."""
+    """Return a CPU generator whose stream depends on the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -52,13 +52,13 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
 
 
 def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
-    """The dim along which tensor parallelism splits a parameter; ``None`` where it does not."""
+    """Return the dim along which tensor parallelism splits a parameter, or ``None``."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
     return getattr(parameter, "partition_dim") if sharded else None  # noqa: B009
 
 
 def pretraining_draw(model: ModelConfig) -> Draw:
-    """The start of training from scratch, and of the target generator in continued pretraining.
+    """Return the start of training from scratch, and of a target generator that is added.
 
     Norms 1, biases 0, what the update rule adds as ``rule.py`` declares it (the model starts as the
     plain one), all else N(0, sigma^2), with projections back into the residual stream divided by

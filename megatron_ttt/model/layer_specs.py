@@ -48,7 +48,7 @@ class FastWeightTransformerLayer(TransformerLayer):
 
 
 def torch_layer_spec(*, qk_norm: bool) -> ModuleSpec:
-    """A plain layer of Megatron's own modules with torch attention; runs on any device."""
+    """Return a plain layer of Megatron's own modules with torch attention; runs on any device."""
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -79,7 +79,7 @@ def torch_layer_spec(*, qk_norm: bool) -> ModuleSpec:
 
 
 def plain_layer_spec(backend: AttentionBackend, *, qk_norm: bool) -> ModuleSpec:
-    """The layer without fast weights for a resolved backend (not ``auto``)."""
+    """Return the layer without fast weights for a resolved backend (not ``auto``)."""
     if backend is AttentionBackend.transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_norm)
     return torch_layer_spec(qk_norm=qk_norm)
@@ -91,7 +91,7 @@ def fast_weight_layer_spec(
     rule: UpdateRule,
     groups: ProcessGroupCollection,
 ) -> ModuleSpec:
-    """The same layer with its MLP replaced.
+    """Return the same layer with its MLP replaced.
 
     Transformer Engine's spec fuses the norm before the MLP into the first linear layer; the target
     generator needs the normalised input itself, so here the norm stands alone on both backends.
@@ -124,7 +124,7 @@ def decoder_block_spec(
     rule: UpdateRule | None,
     groups: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm.
+    """Return the layers of this pipeline stage and the final norm.
 
     Args:
         config: Megatron's configuration of the whole model.

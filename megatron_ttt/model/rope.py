@@ -41,7 +41,7 @@ def _llama3(plain: Tensor, rope: RopeConfig) -> Tensor:
 
 def _yarn(plain: Tensor, rope: RopeConfig, head_dim: int) -> Tensor:
     def dimension_of(rotations: float) -> float:
-        """The dimension that turns ``rotations`` times over the original length."""
+        """Return the dimension that turns ``rotations`` times over the original length."""
         turns = rope.original_max_positions / (rotations * 2 * math.pi)
         return head_dim * math.log(turns) / (2 * math.log(rope.base))
 

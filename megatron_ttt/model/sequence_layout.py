@@ -56,7 +56,7 @@ class ReadingSession(Protocol):
         ...
 
     def select_hidden(self, hidden_states: Tensor) -> Tensor:
-        """The positions ``[., B, H]`` out of ``[L, B, H]`` whose logits are wanted."""
+        """Return the positions ``[., B, H]`` out of ``[L, B, H]`` whose logits are wanted."""
         ...
 
 
@@ -134,7 +134,7 @@ def sequence_layout(
     scan: ScanSettings,
     device: torch.device,
 ) -> SequenceLayout:
-    """The layout of a micro-batch for one context-parallel rank, from its whole rows.
+    """Return the layout of a micro-batch for one context-parallel rank, from its whole rows.
 
     Everything is decided on whole rows and then sliced: a span's first token starts no document.
 
@@ -186,7 +186,7 @@ def sequence_layout(
 
 
 def _exchange(whole_rows: ChunkPlan, scan: ScanSettings) -> SpanExchange:
-    """The exchange of a micro-batch; every rank knows every span's keep from the whole rows."""
+    """Return a micro-batch's exchange; every rank knows all keeps from the whole rows."""
     spans = total_spans(scan.group.ranks, scan.order)
     # From the plan's integers, not its tensors: those may lie on a device that is busy.
     keeps_NB = torch.tensor([blocks.keeps for blocks in whole_rows.blocks], dtype=torch.float64)

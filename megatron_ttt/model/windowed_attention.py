@@ -19,7 +19,7 @@ LARGEST_BLOCK, SMALLEST_BLOCK = 512, 64
 
 
 def block_size(window: int | None) -> int:
-    """Queries worked off together: about a window, of which a block then wastes at most half."""
+    """Return how many queries are worked off together: about a window of them."""
     if window is None:
         return LARGEST_BLOCK
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, window))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def broadcast_from(tensor: Tensor, *, group: Any, owner: int) -> Tensor:
-    """The tensor of rank ``owner`` (counted in ``group``), on all ranks; not differentiable.
+    """Return the tensor of rank ``owner`` (counted in ``group``), on all ranks; not differentiable.
 
     Args:
         tensor: of the same shape and dtype everywhere; only the owner's values are read. May be

@@ -57,7 +57,7 @@ class _GatherSequences(torch.autograd.Function):
 
 
 def gather_sequences(*local: Tensor, group: Any, order: SequenceOrder) -> tuple[Tensor, ...]:
-    """The whole sequence of each tensor from every rank's tokens, all gathered at the same time.
+    """Gather the whole sequence of each tensor from every rank's tokens, all at once.
 
     Args:
         local: ``[L, ...]`` each, this rank's tokens in memory order (its spans, one after another).
@@ -101,7 +101,7 @@ class _Replicate(torch.autograd.Function):
 
 
 def replicate(tensor: Tensor, *, group: Any) -> Tensor:
-    """A tensor that every rank of ``group`` holds whole and each uses for a part of the work.
+    """Return a tensor that all ranks of ``group`` hold whole, each using it for its own part.
 
     Returns the tensor; in the backward the ranks' partial gradients are summed.
     """

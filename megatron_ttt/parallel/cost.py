@@ -62,8 +62,11 @@ CPU_MACHINE = Topology(1 << 20, Link(2e-4, 1 / 2.5e9), Link(2e-4, 1 / 2.5e9), 1 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one scan. ``bytes_sent`` and ``messages`` by the rank that sends most; ``rounds`` one
-    after the other; ``states_held`` per rank beside its own carries."""
+    """What one scan costs.
+
+    ``bytes_sent`` and ``messages`` by the rank that sends most; ``rounds`` one after the other;
+    ``states_held`` per rank beside its own carries.
+    """
 
     algorithm: ScanAlgorithm
     seconds: float
@@ -158,7 +161,7 @@ def predict(
 
 
 def best_blocks(*, ranks: int, order: SequenceOrder, state_bytes: int, topology: Topology) -> int:
-    """The number of blocks (a power of two) at which ``ring`` is fastest."""
+    """Return the number of blocks (a power of two) at which ``ring`` is fastest."""
     model = _Model(ranks, order, state_bytes, topology)
     most = max(1, min(MOST_BLOCKS, state_bytes // LEAST_BLOCK_BYTES))
     candidates = [1 << power for power in range(most.bit_length())]
@@ -166,7 +169,7 @@ def best_blocks(*, ranks: int, order: SequenceOrder, state_bytes: int, topology:
 
 
 def choose(*, ranks: int, order: SequenceOrder, state_bytes: int, topology: Topology) -> Prediction:
-    """What ``auto`` takes: the algorithm of the least predicted time."""
+    """Return what ``auto`` takes: the algorithm of the least predicted time."""
     predictions = [
         predict(algorithm, ranks=ranks, order=order, state_bytes=state_bytes, topology=topology)
         for algorithm in ALGORITHMS

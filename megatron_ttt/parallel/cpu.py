@@ -73,7 +73,7 @@ class _Stream:
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
-    """A CUDA call that has nothing to do on CPU."""
+    """Do nothing, in the place of a CUDA call."""
 
 
 def _same(tensor_or_module: Any, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ def spans_of_rank(rank: int, ranks: int, order: SequenceOrder) -> list[int]:
 
 
 def rank_of_span(span: int, ranks: int, order: SequenceOrder) -> int:
-    """The rank that holds ``span``. Raises ``ValueError`` if the row has no such span."""
+    """Return the rank that holds ``span``. Raises ``ValueError`` if the row has no such span."""
     spans = total_spans(ranks, order)
     if not 0 <= span < spans:
         raise ValueError(f"span = {span}: not one of 0 to {spans - 1}")
@@ -63,7 +63,7 @@ def check_length(
 
 
 def nearest_valid_lengths(length: int, unit: int) -> list[int]:
-    """The positive multiples of ``unit`` just below and just above ``length`` (itself if one)."""
+    """Return the positive multiples of ``unit`` next to ``length`` (itself if it is one)."""
     below = length // unit * unit
     return [n for n in sorted({below, -(-length // unit) * unit}) if n > 0] or [unit]
 

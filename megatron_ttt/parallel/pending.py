@@ -57,8 +57,10 @@ class PendingScan(Protocol):
     def exposed_s(self) -> float: ...
 
     def provide(self, span: int, summary: Tensor) -> None:
-        """Hand in the summary ``[B, ...]`` of local span ``span``. Not to be written before
-        ``wait`` has returned."""
+        """Hand in the summary ``[B, ...]`` of local span ``span``.
+
+        It is not to be written before ``wait`` has returned.
+        """
         ...
 
     def wait(self) -> Tensor:

@@ -77,7 +77,7 @@ class SpanExchange:
         self._routes: dict[Direction, SpanRoute] = {}
 
     def for_layer(self, label: str, *, observer: Observer | None = None) -> "SpanExchange":
-        """The same exchange under another label, for another layer of the same micro-batch."""
+        """Return the same exchange under the label of another layer of the micro-batch."""
         other = copy.copy(self)
         other.label = label
         other.observer = observer or self.observer
@@ -188,7 +188,7 @@ class SpanExchange:
             raise ValueError(f"states of {like_SB.dtype}, {list(like_SB.shape)}, cannot be scanned")
 
     def _resolve(self, like_SB: Tensor) -> tuple[ScanAlgorithm, int]:
-        """The algorithm, and the blocks of a ring."""
+        """Return the algorithm, and the blocks of a ring."""
         dtype = self.comm_dtype or like_SB.dtype
         situation = {
             "ranks": self.group.ranks,

@@ -67,7 +67,7 @@ class ScanGroup:
         return f"{scan}{layer} over the {self.name} group, rank {self.rank} of {self.ranks}"
 
     def transport(self, what: str) -> Transport:
-        """A transport for the next scan; its tag sets the scan apart from others under way."""
+        """Return a transport for the next scan, with a tag of its own among those under way."""
         transport: Transport = self._tagged(SCAN_TAGS + self._scans % TAGS, what)
         self._scans += 1
         return transport if self._wrap_transport is None else self._wrap_transport(transport)
@@ -76,7 +76,7 @@ class ScanGroup:
         return GroupTransport(self.group, tag=tag, timeout_s=self.timeout_s, what=what)
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The stream on which this group's scans run, one after the other."""
+        """Return the stream on which this group's scans run, one after the other."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(device)
         return self._stream

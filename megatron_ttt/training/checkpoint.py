@@ -75,7 +75,7 @@ class Found:
 
 
 def content(form: OptimizerForm) -> dict[str, Any]:
-    """What Megatron is told of a checkpoint's content.
+    """Return what Megatron is told of a checkpoint's content.
 
     Layers differ (fast and plain ones), so each is stored under its own number.
     """
@@ -147,7 +147,7 @@ def load_model(folder: Path, model: Any, *, ranks: Ranks) -> None:
 
 
 def newest(root: Path, ranks: Ranks, report: Callable[[str], None]) -> Found | None:
-    """The newest undamaged checkpoint, ``None`` where none was ever completed.
+    """Return the newest undamaged checkpoint, ``None`` where none was ever completed.
 
     Damaged ones are reported, set aside and skipped.
 
@@ -189,7 +189,7 @@ def verified(folder: Path, ranks: Ranks) -> Found:
 
 
 def layout(ranks: Ranks) -> dict[str, int]:
-    """The sizes under which per-rank state is comparable."""
+    """Return the sizes under which per-rank state is comparable."""
     groups = ranks.groups
     sizes = {"tp": groups.tp, "cp": groups.cp, "pp": groups.pp, "dp": groups.dp}
     return {"world": ranks.world_size, **{name: group.size() for name, group in sizes.items()}}

@@ -82,10 +82,12 @@ class CheckpointSaver:
         retention: Retention,
         report: Callable[[str], None],
     ) -> None:
-        """Args:
-        root: the run's ``checkpoints`` folder.
-        facts: what manifests should hold besides the layout.
-        report: told "saved ..." when a checkpoint is visible, not before.
+        """Save into a run's folder.
+
+        Args:
+            root: the run's ``checkpoints`` folder.
+            facts: what manifests should hold besides the layout.
+            report: told "saved ..." when a checkpoint is visible, not before.
         """
         self.root, self.state, self.ranks, self.mode = root, state, ranks, mode
         self._facts = {**facts, "layout": layout(ranks)}

@@ -67,7 +67,7 @@ class Ranks:
 
 
 def local_device(local_rank: int, devices: int) -> int:
-    """The number of this process's GPU.
+    """Return the number of this process's GPU.
 
     Args:
         local_rank: among the processes of this machine.
@@ -119,7 +119,7 @@ def model_parallel(config: Config) -> Iterator[Ranks]:
 
 
 def _scan_group(parallel: ParallelConfig, groups: ProcessGroupCollection) -> Any:
-    """A communicator of its own for the ranks of ``groups.cp``; ``None`` for a single rank.
+    """Return a communicator of its own for the ranks of ``groups.cp``; ``None`` for a single rank.
 
     On NCCL what two users send through one communicator runs one after the other: a scan would
     wait for attention's keys and values, and they for it.

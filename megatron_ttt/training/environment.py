@@ -24,7 +24,7 @@ def order_launches(parallel: ParallelConfig) -> None:
 
 
 def missing_for_compilation() -> str | None:
-    """What this node lacks for ``torch.compile``, which Megatron-core uses for fused functions.
+    """Return what this node lacks for ``torch.compile``, which Megatron-core uses.
 
     Its kernels' launchers are compiled on each node when they are first needed: with a C compiler
     against Python's headers. ``None`` where both are there.

@@ -150,7 +150,7 @@ def update_ratios(
 
 
 def finite_grad_norm(optimizer: MegatronOptimizer) -> Callable[[], float]:
-    """What replaces ``optimizer.get_grad_norm``: the step asks it before it changes a weight.
+    """Make what replaces ``optimizer.get_grad_norm``, asked before a weight is changed.
 
     Returns:
         A function that gives the norm, equal on all ranks, or raises ``FloatingPointError`` where

@@ -162,7 +162,7 @@ def pretrain(config: Config, given: Collection[str] = ()) -> int:
 
 
 def open_reporter(config: Config, progress: Progress, console: Console) -> Reporter:
-    """The run's folder and everything in it that rows go to, cut back to where the run stands.
+    """Open the run's folder and all that rows go to, cut back to where the run stands.
 
     Raises:
         ConfigError: the folder cannot be written to.
@@ -180,7 +180,7 @@ def open_reporter(config: Config, progress: Progress, console: Console) -> Repor
 
 
 def build_saver(trainer: Trainer, console: Console, *, data: dict[str, Any]) -> CheckpointSaver:
-    """Saves this run's checkpoints as the configuration says; ``data`` identifies its texts."""
+    """Return what saves this run's checkpoints; ``data`` identifies its texts."""
     config, settings = trainer.config, trainer.config.checkpoint
     return CheckpointSaver(
         Path(config.run.dir) / "checkpoints",
@@ -198,7 +198,7 @@ def build_saver(trainer: Trainer, console: Console, *, data: dict[str, Any]) -> 
 
 
 def open_corpus(config: Config, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
-    """The checked data, and what tells it from other data.
+    """Return the checked data, and what tells it from other data.
 
     Raises:
         ConfigError: whatever is wrong with the data, in one line.
@@ -217,7 +217,7 @@ def open_corpus(config: Config, ranks: Ranks) -> tuple[Source, dict[str, Any]]:
 
 
 def open_data(config: Config, source: Source, ranks: Ranks, progress: Progress) -> DataStreams:
-    """The samples, read from where the run stands.
+    """Return the samples, read from where the run stands.
 
     Raises:
         ConfigError: whatever is wrong with the data, in one line.
@@ -270,7 +270,7 @@ def train(
     *,
     ours: Callable[[], bool],
 ) -> bool:
-    """Steps, validations and checkpoints until ``train.steps`` are done, or a stop is asked for.
+    """Train, validate and save until ``train.steps`` are done, or a stop is asked for.
 
     Args:
         ours: whether the run's folder still is.
@@ -359,7 +359,7 @@ def _log_samples(trainer: Trainer, step: int, observations: Observations) -> Non
 
 
 def _validate(trainer: Trainer, data: DataStreams) -> Row:
-    """Validation loss with fast weights on and, from the same weights, off."""
+    """Measure the validation loss with fast weights on and, from the same weights, off."""
     assert data.validation_iterator is not None
     modes = {"validation/loss": trainer.config.ttt.mode}
     if ttt_layers(trainer.config):

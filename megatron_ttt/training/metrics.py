@@ -195,7 +195,7 @@ class Reporter:
 
 
 def read_metrics(path: Path) -> list[Row]:
-    """The rows of a ``metrics.jsonl``."""
+    """Return the rows of a ``metrics.jsonl``."""
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

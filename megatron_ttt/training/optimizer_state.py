@@ -49,7 +49,7 @@ def load_optimizer(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
 
 def adam_steps(optimizer: MegatronOptimizer) -> set[float]:
-    """The ``step`` values of all parameters: one value, unless something is wrong."""
+    """Return the ``step`` values of all parameters: one value, unless something is wrong."""
     found: set[float] = set()
     for part in _parts(optimizer):
         per_parameter = [state for state in part.optimizer.state.values() if "step" in state]
@@ -65,7 +65,7 @@ def _groups(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
 
 
 def _key(group: dict[str, Any]) -> tuple[int, ...]:
-    """Loading makes new groups of the same parameters."""
+    """Identify a group of parameters: loading makes new groups of the same ones."""
     return tuple(id(parameter) for parameter in group["params"])
 
 

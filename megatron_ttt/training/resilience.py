@@ -54,7 +54,7 @@ class StopRequest:
         return bool(asked.item())
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler."""
+        """Handle a signal."""
         now = time.monotonic()
         if self._since is None:
             self._since = now
@@ -115,7 +115,7 @@ def on_first_rank(ranks: Ranks, action: Callable[[], Value]) -> Value:
 
 
 def agree(ranks: Ranks, error: Exception | None) -> str | None:
-    """The complaint of the first rank that has one, the same on every rank; else ``None``."""
+    """Return the complaint of the first rank that has one, the same on every rank."""
     complaints: list[str | None] = [None] * ranks.world_size
     dist.all_gather_object(complaints, None if error is None else reason(error))
     return next((complaint for complaint in complaints if complaint is not None), None)

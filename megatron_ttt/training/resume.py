@@ -93,7 +93,7 @@ def _counted(found: Found, samples: int, report: Callable[[str], None]) -> Progr
 
 
 def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found | None:
-    """The checkpoint to go on from, with the metrics file that belongs to it."""
+    """Return the checkpoint to go on from, with the metrics file that belongs to it."""
     folder = Path(config.run.dir)
     root, resume = folder / "checkpoints", config.run.resume
     own = on_first_rank(ranks, lambda: [str(path) for path in root.glob("step_*")])
@@ -124,7 +124,7 @@ def _found(config: Config, ranks: Ranks, report: Callable[[str], None]) -> Found
 
 
 def _named(folder: Path, root: Path, ranks: Ranks, report: Callable[[str], None]) -> Found | None:
-    """A checkpoint that was named; its place decides what that means.
+    """Return a checkpoint that was named; its place decides what that means.
 
     One of this run's own: the run goes back to it. Another run's is a beginning,
     which counts only until this run has a checkpoint of its own, so that a requeued job goes on.
@@ -140,7 +140,7 @@ def _named(folder: Path, root: Path, ranks: Ranks, report: Callable[[str], None]
 
 
 def _set_later_aside(found: Found, root: Path, ranks: Ranks, report: Callable[[str], None]) -> None:
-    """A run that goes back to one of its own checkpoints keeps the later ones, out of the way."""
+    """Put later checkpoints out of the way of a run that goes back to one of its own."""
     if found.folder.parent.resolve() != root.resolve():
         return
 
@@ -161,7 +161,7 @@ def _load_safetensors(
     report: Callable[[str], None],
     given: Collection[str],
 ) -> None:
-    """A Hugging Face model's weights; every rank reads its own slices."""
+    """Load a Hugging Face model's weights; every rank reads its own slices."""
     tp, damage = ranks.groups.tp, None
     try:
         load_hf_weights(

@@ -38,7 +38,7 @@ def fit_schedule(scheduler: OptimizerParamScheduler, config: Config, progress: P
 
 
 def _bounds(config: Config, progress: Progress) -> tuple[int, int]:
-    """Samples after which warm-up and decay end."""
+    """Return samples after which warm-up and decay end."""
     batch = config.train.global_batch_size
     warmup = progress.samples_at(warmup_steps(config), batch)
     return warmup, progress.samples_at(decay_steps(config), batch)

@@ -116,7 +116,7 @@ class ForwardStep:
         return output, partial(_token_losses, counted)
 
     def layout(self, batch: Batch) -> SequenceLayout:
-        """This rank's layout of a micro-batch."""
+        """Return this rank's layout of a micro-batch."""
         data = self.config.data
         return sequence_layout(
             document_starts=batch.document_starts_BT,

@@ -22,12 +22,12 @@ class Haystack:
 
     @classmethod
     def noise(cls) -> Haystack:
-        """A few sentences about nothing."""
+        """Return a few sentences about nothing."""
         return cls(tuple(NOISE.split()))
 
     @classmethod
     def from_file(cls, path: str) -> Haystack:
-        """A text file; line breaks become spaces.
+        """Return a text file; line breaks become spaces.
 
         Raises:
             ValueError: it cannot be read as UTF-8 text, or has no words.
@@ -38,7 +38,7 @@ class Haystack:
         return cls(tuple(words))
 
     def start(self, rng: random.Random) -> int:
-        """Some word that a sentence begins with."""
+        """Return some word that a sentence begins with."""
         return _sentence_start(self.words, rng.randrange(len(self.words)))
 
     def hiding(self, needles: Sequence[tuple[float, str]], *, first: int, words: int) -> str:
@@ -62,7 +62,7 @@ class Haystack:
 
 
 def _sentence_start(words: Sequence[str], place: int) -> int:
-    """The nearest start of a sentence at ``place`` or before it; the very end stays the end."""
+    """Return the start of the sentence at ``place``; the very end stays the end."""
     if place == len(words):
         return place
     for start in range(place, max(-1, place - _LONGEST_SENTENCE), -1):

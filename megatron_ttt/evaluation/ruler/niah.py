@@ -18,7 +18,7 @@ _OPENING = (
 
 
 def niah(*, keys: int, values: int, queries: int) -> Build:
-    """A builder of needle puzzles.
+    """Return a builder of needle puzzles.
 
     Args:
         keys: things that have a code in the text.

@@ -65,7 +65,7 @@ class Puzzle:
         return " " + ", ".join(self.answers)
 
     def prompt(self, units: int) -> str:
-        """The whole text before the answer."""
+        """Return the whole text before the answer."""
         return f"{self.opening}\n\n{self.context(units)}\n\n{self.question}"
 
 

@@ -97,7 +97,7 @@ def make_sample(
     haystack: Haystack,
     depth: float | None = None,
 ) -> Sample:
-    """A sample whose prompt and new tokens come as close to ``length`` as its text allows.
+    """Return a sample whose prompt and new tokens come as close to ``length`` as its text allows.
 
     Args:
         length: tokens of the prompt and of what may be generated after it, ``LONGEST`` at most.
@@ -130,7 +130,7 @@ def smallest_length(
 def _filled(
     puzzle: Puzzle, encode: Callable[[str], list[int]], ids: list[int], *, budget: int
 ) -> list[int]:
-    """The prompt with the most units that fit into ``budget`` tokens, or nearly; ``ids``: fewest.
+    """Return the prompt with about the most units that fit into ``budget`` tokens.
 
     Tokens of a text are not the sum of its words' tokens, so whole prompts are encoded; how many
     units to try next follows from the line through what was found. Texts grow ``_GROWTH`` times at
@@ -159,7 +159,7 @@ def _filled(
 
 
 def _continuation(tokenizer: Tokenizer, puzzle: Puzzle) -> list[int]:
-    """The answer's tokens behind the question's.
+    """Return the answer's tokens behind the question's.
 
     Where a tokenizer would join the two across their border, the answer's own: a text that a
     model may write as well.

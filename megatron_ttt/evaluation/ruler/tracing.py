@@ -13,7 +13,7 @@ _EXAMPLE = (("QRSTU", "VWXYZ", "KLMNO"), "10203")
 
 
 def variable_tracking(rng: random.Random, setting: Setting) -> Puzzle:
-    """A chain of ``HOPS`` assignments after the first; a worked example shows what is wanted."""
+    """Return a chain of ``HOPS`` assignments after the first, behind a worked example."""
     names = _names(rng, HOPS + 1)
     value = str(rng.randrange(10_000, 100_000))
     depths = sorted(rng.random() for _ in names)

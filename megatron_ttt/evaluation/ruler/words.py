@@ -35,7 +35,7 @@ _ZETA_2 = pi**2 / 6
 
 
 def common_words(rng: random.Random, setting: Setting) -> Puzzle:
-    """A numbered list; a worked example with other words shows what is wanted."""
+    """Return a numbered list; a worked example with other words shows what is wanted."""
     parts = 2 if setting.length <= _LONGEST_OF_PAIRS else 3
     draws = DistinctDraws(rng, len(ADJECTIVES) ** (parts - 1) * len(NOUNS))
     often_shown, once_shown = _EXAMPLE_COUNTS
@@ -85,7 +85,7 @@ def _list(seed: int, entries: list[str]) -> str:
 
 
 def _word(number: int, parts: int) -> str:
-    """A noun behind adjectives, joined by hyphens."""
+    """Return a noun behind adjectives, joined by hyphens."""
     number, noun = divmod(number, len(NOUNS))
     words = [NOUNS[noun]]
     for _ in range(parts - 1):

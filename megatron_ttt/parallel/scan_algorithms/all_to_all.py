@@ -59,7 +59,7 @@ def all_to_all(problem: ScanProblem, summaries: Summaries, carries: Carries) -> 
 
 
 def _scan_slice(problem: ScanProblem, pieces: dict[int, Tensor], like: Tensor) -> dict[int, Tensor]:
-    """This rank's slice of the carry of every node but the first, by node."""
+    """Return this rank's slice of the carry of every node but the first, by node."""
     route = problem.route
     begin, _ = split(problem.elements, problem.ranks)[problem.rank]
     carry = pieces[0].to(like.dtype)

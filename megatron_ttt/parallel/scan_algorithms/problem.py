@@ -68,7 +68,7 @@ class Keeps:
     factors_B: Tensor | None = None
 
     def then(self, later: "Keeps") -> "Keeps":
-        """The keeps of this run followed by ``later``."""
+        """Return the keeps of this run followed by ``later``."""
         factors_B = self.factors_B
         if factors_B is not None and later.factors_B is not None:
             factors_B = factors_B * later.factors_B
@@ -195,7 +195,7 @@ class ScanProblem:
         return state.to(self.message_dtype)
 
     def buffer(self, like: Tensor, elements: int) -> Tensor:
-        """An empty message of ``elements``."""
+        """Return an empty message of ``elements``."""
         return like.new_empty(elements, dtype=self.message_dtype)
 
     def packed(self, parts: Sequence[Tensor]) -> Tensor:
@@ -203,7 +203,7 @@ class ScanProblem:
         return self.message(parts[0] if len(parts) == 1 else torch.cat(list(parts)))
 
     def unpacked(self, nodes: Sequence[int], message: Tensor) -> dict[int, Tensor]:
-        """The parts of a message by node."""
+        """Return the parts of a message by node."""
         if len(nodes) == 1:
             return {nodes[0]: message}
         return dict(zip(nodes, message.chunk(len(nodes)), strict=True))
@@ -262,7 +262,7 @@ def make_route(
     order: SequenceOrder,
     direction: Direction,
 ) -> Route:
-    """The path of nodes with their keeps, from those of every span in sequence order."""
+    """Return the path of nodes with their keeps, from those of every span in sequence order."""
     path = span_path(ranks, order, direction)
 
     def of_nodes(values_SB: Tensor) -> Tensor:
