@@ -4,7 +4,6 @@ Hydra composes ``configs/`` with the overrides; every mistake is reported as one
 status 2, before anything is written and before torch is imported.
 """
 
-import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from megatron_ttt.config.effects import (
     notices,
 )
 from megatron_ttt.config.faults import ConfigError, Fault, suggest
+from megatron_ttt.config.here import faults_here
 from megatron_ttt.config.launcher import LaunchError, launched
 from megatron_ttt.config.overrides import (
     as_typed,
@@ -36,9 +36,7 @@ from megatron_ttt.config.overrides import (
     missing_model,
     shape_faults,
 )
-from megatron_ttt.config.run_directory import run_directory_faults
-from megatron_ttt.config.schema import AttentionBackend, Config, Precision
-from megatron_ttt.config.validate import validate
+from megatron_ttt.config.schema import Config
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 HYDRA_VERSION = "1.3"  # of Hydra's behaviour, not of the package
@@ -177,28 +175,6 @@ def check(config: Config, *, world_size: int) -> None:
     """
     if faults := faults_here(config, world_size=world_size):
         raise ConfigError(faults)
-
-
-def faults_here(config: Config, *, world_size: int) -> list[Fault]:
-    """All faults that a composed configuration has on this machine.
-
-    A dry run plans for another machine: neither devices nor folders of this one count.
-    """
-    if config.run.dry_run:
-        faults = validate(config, world_size, cuda=True, transformer_engine=True)
-    else:
-        cuda = _cuda_matters(config) and _cuda_present()
-        # Asked where it could be used alone: the answer takes importing it.
-        matters = cuda and _transformer_engine_matters(config)
-        installed = matters and _transformer_engine_present()
-        faults = validate(config, world_size, cuda=cuda, transformer_engine=installed)
-        if not {fault.key for fault in faults} & {"model.name", "run.name", "run.dir"}:
-            faults += run_directory_faults(config)
-        if not faults:
-            from megatron_ttt.config.summary import memory_faults
-
-            faults = memory_faults(config, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return faults
 
 
 def training_ranks(config: Config) -> int:
@@ -379,31 +355,3 @@ def _hydra_fault(error: Exception, overrides: Sequence[str]) -> Fault:
     key = getattr(cause, "full_key", None) or "configuration"
     value: Any = " ".join(overrides) if key == "configuration" else ""
     return Fault(str(key), value, text[0][:200] if text else type(cause).__name__)
-
-
-def _cuda_matters(config: Config) -> bool:
-    """Whether a check depends on a GPU; if not, torch (seconds) need not be imported for it."""
-    return (
-        config.model.attention is AttentionBackend.transformer_engine
-        or config.train.precision is Precision.bf16
-    )
-
-
-def _transformer_engine_matters(config: Config) -> bool:
-    """As above, of Transformer Engine; Megatron-core (seconds) is asked for it."""
-    return (
-        config.model.attention is AttentionBackend.transformer_engine
-        or "layernorm" in config.train.recompute_modules
-    )
-
-
-def _transformer_engine_present() -> bool:
-    from megatron_ttt.config.to_megatron import transformer_engine_present
-
-    return transformer_engine_present()
-
-
-def _cuda_present() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
