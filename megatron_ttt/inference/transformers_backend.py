@@ -16,12 +16,8 @@ from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, ttt_from_hf
 from megatron_ttt.data.tokenizers import ModelTokenizer
-from megatron_ttt.hf import (
-    LlamaTTTForCausalLM,
-    MistralTTTForCausalLM,
-    Qwen2TTTForCausalLM,
-    Qwen3TTTForCausalLM,
-)
+from megatron_ttt.hf import modeling
+from megatron_ttt.hf.auto_map import CLASSES
 from megatron_ttt.hf.reader import TransformersReader
 from megatron_ttt.hf.sessions import (
     load_memory,
@@ -36,13 +32,9 @@ from megatron_ttt.inference.state_files import Identity, StateFileError
 
 # Checkpoints of the published reference implementation keep the plain model's type.
 _PUBLISHED: dict[str, Any] = {
-    "qwen3": Qwen3TTTForCausalLM,
-    "llama": LlamaTTTForCausalLM,
-    "qwen2": Qwen2TTTForCausalLM,
-    "mistral": MistralTTTForCausalLM,
+    kind.removesuffix(TTT_SUFFIX): getattr(modeling, f"{name}ForCausalLM")
+    for kind, name in CLASSES.items()
 }
-
-
 # The keys of a configuration that a ``ReadingRule`` can change.
 _RULE_KEYS = ("ttt_lr", "ttt_chunk", "ttt_decay", "ttt_clip_mode", "ttt_clip_bound")
 
