@@ -133,7 +133,8 @@ def config_of(
     try:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
-            raise ConfigError([missing_key(key, root.schema) for key in missing])
+            lacking = dict.fromkeys(missing_key(key, root.schema) for key in missing)
+            raise ConfigError(list(lacking))
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         raise ConfigError([_hydra_fault(error, [])]) from error

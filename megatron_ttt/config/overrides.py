@@ -175,9 +175,10 @@ def parsed_value(word: str) -> tuple[str, Any]:
 def missing_key(key: str, schema: type) -> Fault:
     """Return the fault of a command line that leaves out a key which has no default."""
     annotation: Any = schema
+    key, _, member = key.partition("[")  # of a list: key=[???]
     for part in key.split("."):
         annotation = typing.get_type_hints(strip_optional(annotation))[part]
-    return Fault(key, "???", f"must be given: {_expected(annotation)}")
+    return Fault(key, "[???]" if member else "???", f"must be given: {_expected(annotation)}")
 
 
 def _key_faults(override: Override, groups: dict[str, list[str]], schema: type) -> list[Fault]:

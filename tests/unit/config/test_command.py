@@ -10,9 +10,10 @@ import pytest
 from omegaconf import MISSING
 
 from megatron_ttt.config.bounds import COUNT
-from megatron_ttt.config.command import Command, run_command
+from megatron_ttt.config.command import Command, key_types, run_command
 from megatron_ttt.config.effects import Condition
 from megatron_ttt.config.reading import ReadingMode, ReadingRule
+from tests.unit.config.test_values import EDGES
 
 
 class Rest(Enum):
@@ -108,6 +109,23 @@ def test_a_mistake_is_one_line(
     captured = capsys.readouterr()
     assert program.keys is None and captured.out == ""
     assert captured.err.startswith(line) and captured.err.count("\n") == 1, captured.err
+
+
+@pytest.mark.parametrize("key", [*key_types(Keys), "ttt", "ttt.clip", "steps.x"])
+def test_any_value_of_any_key_is_read_or_refused(
+    key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value in EDGES:
+        for words in ([f"{key}={value}"], [f"--{key}", value], [f"+{key}={value}"]):
+            program = Program()
+            given = [] if key == "checkpoint" else ["checkpoint=x"]
+            status = run_command([*given, *words], program.command, None)
+            captured = capsys.readouterr()
+            lines = [
+                n for n in captured.err.splitlines() if not n.startswith(("warning", "notice"))
+            ]
+            assert status == (2 if program.keys is None else 0)
+            assert len(lines) == (status == 2) and captured.out == "", (words, captured.err)
 
 
 def test_earlier_spellings_work_and_are_named_in_one_line(

@@ -37,9 +37,9 @@ EDGES = [
     "0", "-1", "1", "2147483648", "9223372036854775808", "100000000000000000000", "1" + "0" * 400,
     "nan", "inf", "-inf", "1e38", "1e-400", "-0.0", "1.5", "1e3", "007", "1_000", "0x10", "'5'",
     "''", "' '", "'\t'", "'a\nb'", "a/b", "..", "'../..'", "ü", "'\u202e'", "x" * 300, "x/" * 3000,
-    "null", "yes", "no", "on", "off", "true", "[1]", "[]", "[a,null]", "[[1]]", "{a:1}", "{}",
-    "{a:nan}", "'${nope}'", "'${oc.env:NOPE}'", "'${seed}'", "'${train}'", "'${run.name}'", "???",
-    "'1,2,3'", "'nan,1,0'", "'{x'", "a%b", "hf:nowhere", "",
+    "null", "yes", "no", "on", "off", "true", "[1]", "[]", "[???,???]", "[a,null]", "[[1]]",
+    "{a:1}", "{}", "{a:nan}", "'${nope}'", "'${oc.env:NOPE}'", "'${seed}'", "'${train}'",
+    "'${run.name}'", "???", "'1,2,3'", "'nan,1,0'", "'{x'", "a%b", "hf:nowhere", "",
 ]  # fmt: skip
 
 
@@ -121,6 +121,7 @@ def test_any_value_of_any_training_key(
 @settings(max_examples=60, deadline=None)
 @given(key=st.sampled_from(EVALUATION_KEYS), value=st.sampled_from(EDGES))
 @example(key="ruler.lengths", value="[[1]]")
+@example(key="ruler.lengths", value="[???,???]")
 @example(key="ttt.clip", value="'${data}'")
 def test_any_value_of_any_evaluation_key(
     composed: dict[str, DictConfig], key: str, value: str
