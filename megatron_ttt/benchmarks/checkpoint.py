@@ -109,7 +109,7 @@ def measure(problem: SaveProblem) -> SaveReport:
     ):
         trainer = build_trainer(config, ranks)
         data = random_rows(config)
-        one_step(trainer, data)  # allocations of the first step are no one's cost
+        one_step(trainer, data)  # warm-up: the first step's allocations are not measured
         plain = [one_step(trainer, data) for _ in range(5)]
         root = Path(folder) / "checkpoints"
         savers = {mode: build_saver(root, trainer, mode) for mode in SaveMode}

@@ -161,13 +161,13 @@ class MegatronFolder:
             path: the folder, or the file ``latest`` of a run.
 
         Raises:
-            ConfigError: this is no distributed checkpoint, or it is damaged.
+            ConfigError: this is not a distributed checkpoint, or it is damaged.
         """
         if path.name == LATEST and path.is_file():
             path = path.parent / path.read_text().strip()
         self.path = path
         if not path.is_dir():
-            raise ConfigError([Fault("checkpoint", path, "is no folder")])
+            raise ConfigError([Fault("checkpoint", path, "is not a folder")])
         backend = read_json(path / FORMAT).get("sharded_backend")
         if backend != "torch_dist":
             raise ConfigError([Fault("checkpoint", path, f"is of the format {backend}")])

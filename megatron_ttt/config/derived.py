@@ -82,7 +82,7 @@ def decay_steps(config: Config) -> int:
 def padded_vocab_size(model: ModelConfig, tp: int) -> int:
     """Rows of the embedding and of the output layer: the vocabulary rounded up to whole shards.
 
-    The rows beyond ``model.vocab_size`` are no tokens: they are masked out of every softmax.
+    The rows beyond ``model.vocab_size`` are not tokens: they are masked out of every softmax.
     """
     return -(-model.vocab_size // tp) * tp
 

@@ -74,7 +74,7 @@ class HFFolder:
         """
         self.path = path
         if not path.is_dir():
-            raise ConfigError([Fault("checkpoint", path, "is no folder")])
+            raise ConfigError([Fault("checkpoint", path, "is not a folder")])
         self.config = read_json(path / CONFIG)
         self.tensors: dict[str, StoredTensor] = {}
         for file in self._files():

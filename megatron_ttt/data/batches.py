@@ -46,8 +46,9 @@ class DataStreams:
 class MicroBatchSampler(Sampler[list[int]]):
     """Sample numbers of one data-parallel rank's micro-batches, from ``start`` up to ``stop``.
 
-    :raises ValueError: ``stop - start`` is no multiple of ``micro_batch_size * dp_size`` (a rank
-        would be left without a micro-batch), or a number is out of range.
+    Raises:
+        ValueError: ``stop - start`` is not a multiple of ``micro_batch_size * dp_size`` (a rank
+            would be left without a micro-batch), or a number is out of range.
     """
 
     def __init__(
@@ -116,9 +117,12 @@ def build_data(
 
     Every rank calls this at the same point. ``is_builder`` is true on global rank 0 alone.
 
-    :param source: the checked data of ``config``.
-    :param train_samples: samples of the whole run, those that were consumed already included.
-    :raises ValueError: in one line, whatever is wrong with the data or the numbers.
+    Args:
+        source: the checked data of ``config``.
+        train_samples: samples of the whole run, those that were consumed already included.
+
+    Raises:
+        ValueError: in one line, whatever is wrong with the data or the numbers.
     """
     train = config.train
     make_loader = _LoaderFactory(config, source, dp_rank=dp_rank, dp_size=dp_size)

@@ -53,11 +53,12 @@ class DatasetFacts:
 def check_indexed_dataset(prefix: str | Path) -> DatasetFacts:
     """Read the whole index, in pieces, and compare it with the sizes of both files.
 
-    :raises IndexedDatasetError: a file is missing or truncated, the index has a foreign magic,
-        version or type, its counts do not add up to its size, a length is negative, a pointer
-        does not follow from the lengths before it, the document list is not increasing from 0 to
-        the number of sequences, the .bin has another size than the index describes, or the
-        sidecar belongs to other files.
+    Raises:
+        IndexedDatasetError: a file is missing or truncated, the index has a foreign magic,
+            version or type, its counts do not add up to its size, a length is negative, a pointer
+            does not follow from the lengths before it, the document list is not increasing from 0
+            to the number of sequences, the .bin has another size than the index describes, or the
+            sidecar belongs to other files.
     """
     prefix = str(prefix)
     idx, data = idx_path(prefix), bin_path(prefix)

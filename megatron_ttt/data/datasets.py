@@ -135,7 +135,8 @@ class _IndexKey:
 def split_range(facts: DatasetFacts, split: str, which: Split) -> tuple[int, int]:
     """First and last (exclusive) document of a split, rounded as Megatron rounds.
 
-    :raises ValueError: ``split`` is not up to three numbers that are not all 0.
+    Raises:
+        ValueError: ``split`` is not up to three numbers that are not all 0.
     """
     number = r"\s*(\d+(\.\d*)?|\.\d+)\s*"
     if not re.fullmatch(f"{number}(,{number}){{0,2}}", split) or not re.search("[1-9]", split):
@@ -172,7 +173,8 @@ def build_samples(
     Where torch.distributed is initialised every rank calls this at the same point: rank 0 builds
     and caches the indices, the others read them after a barrier (the cache is on a shared disk).
 
-    :raises ValueError: a dataset's split has fewer tokens than one sample.
+    Raises:
+        ValueError: a dataset's split has fewer tokens than one sample.
     """
     weights = [part.weight / sum(p.weight for p in parts) for part in parts]
     datasets = []

@@ -72,11 +72,15 @@ def list_inputs(
 ) -> list[InputFile]:
     """Return the files named, and those below the folders named, in that order, then by path.
 
-    :param pattern: glob of file names taken from folders; None: the suffixes of ``format``
-        (``.txt`` for lines; all of ``SUFFIXES`` for ``auto``), in upper or lower case.
-    :param option: how the user says a format, for messages.
-    :raises ValueError: a path does not exist or cannot be read, a folder holds no such file, a file
-        comes twice under whatever names, or its content is not what its suffix or ``format`` says.
+    Args:
+        pattern: glob of file names taken from folders; None: the suffixes of ``format``
+            (``.txt`` for lines; all of ``SUFFIXES`` for ``auto``), in upper or lower case.
+        option: how the user says a format, for messages.
+
+    Raises:
+        ValueError: a path does not exist or cannot be read, a folder holds no such file, a file
+            comes twice under whatever names, or its content is not what its suffix or ``format``
+            says.
     """
     found: list[Path] = []
     for name in paths:
@@ -103,7 +107,8 @@ def list_inputs(
 def read_text(path: str | Path) -> str:
     """Read a whole file of text: UTF-8 without its byte order mark, line ends as they are.
 
-    :raises ValueError: it cannot be read, or is something else; one line that names the file.
+    Raises:
+        ValueError: it cannot be read, or is something else; one line that names the file.
     """
     path = Path(path)
     try:
@@ -173,8 +178,9 @@ def _files_below(folder: Path) -> Iterator[Path]:
 def _format_of(path: Path, format: InputFormat, option: str) -> InputFormat:
     """Return the format of a file whose content was looked at.
 
-    :raises ValueError: content and name, or content and ``format``, disagree.
-    :raises OSError: the file cannot be read.
+    Raises:
+        ValueError: content and name, or content and ``format``, disagree.
+        OSError: the file cannot be read.
     """
     with path.open("rb") as stream:
         head = stream.read(_HEAD_BYTES)

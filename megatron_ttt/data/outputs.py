@@ -18,9 +18,12 @@ def check_output(output: str, folder: Path, files: Sequence[InputFile], *, overw
 
     Files are compared as what they are, not by name: links and ``..`` give one file many names.
 
-    :param output: prefix of the dataset.
-    :param folder: where the job works.
-    :raises ValueError: one line that names what is in the way.
+    Args:
+        output: prefix of the dataset.
+        folder: where the job works.
+
+    Raises:
+        ValueError: one line that names what is in the way.
     """
     if os.path.basename(output) in ("", ".", ".."):
         folder_named = output or "'' (empty)"

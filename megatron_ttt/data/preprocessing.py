@@ -102,11 +102,13 @@ class Progress:
 def preprocess(options: PreprocessOptions, progress: Progress | None = None) -> Summary:
     """Run the job, or continue it.
 
-    :raises ValueError: a user's mistake, in one line: inputs, tokenizer, alignment, an existing
-        output, other options than those the unfinished job began with, a damaged document under
-        ``on_error=stop``, or no document at all. Nothing is then written at the output's prefix.
-    :raises OSError: the disk is full or a file unreadable; the finished shards are kept.
-    :raises concurrent.futures.process.BrokenProcessPool: a worker was killed; likewise.
+    Raises:
+        ValueError: a user's mistake, in one line: inputs, tokenizer, alignment, an existing
+            output, other options than those the unfinished job began with, a damaged document under
+            ``on_error=stop``, or no document at all. Nothing is then written at the output's
+            prefix.
+        OSError: the disk is full or a file unreadable; the finished shards are kept.
+        concurrent.futures.process.BrokenProcessPool: a worker was killed; likewise.
     """
     started = time.monotonic()
     progress = progress if progress is not None else Progress()
@@ -196,7 +198,8 @@ def _plan(options: PreprocessOptions) -> tuple[list[InputFile], list[ShardJob], 
 def _begin_or_continue(folder: Path, manifest: dict[str, Any]) -> None:
     """Record the job in a new folder, or compare it with the unfinished one recorded there.
 
-    :raises ValueError: the unfinished job is another one; names what differs.
+    Raises:
+        ValueError: the unfinished job is another one; names what differs.
     """
     path = folder / "manifest.json"
     if not path.is_file():

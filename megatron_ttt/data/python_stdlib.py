@@ -44,8 +44,11 @@ def python_stdlib_corpus(
     by one rename: a folder that exists is complete. Every process calls this; the one with
     ``is_builder`` builds, ``barrier`` makes the others wait for it.
 
-    :param root: another library's folder, for tests; None: the running interpreter's.
-    :raises ValueError: the library has no usable source file (a zipped or stripped Python).
+    Args:
+        root: another library's folder, for tests; None: the running interpreter's.
+
+    Raises:
+        ValueError: the library has no usable source file (a zipped or stripped Python).
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     files = library_files(root)

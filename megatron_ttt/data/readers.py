@@ -1,6 +1,6 @@
 """Input files cut into shards, and the documents of a shard, one at a time.
 
-A byte order mark at a document's start is no part of it, wherever files were joined or converted.
+A byte order mark at a document's start is not part of it, wherever files were joined or converted.
 
 A *piece* is what one worker can read of one file without reading the rest: a whole text file, a
 byte range of a file of lines, a row group of a Parquet file. A *shard* is a run of pieces worth
@@ -29,7 +29,7 @@ class Damage(Enum):
 
     bad_json = "bad_json"
     missing_field = "missing_field"  # no such key, or a null
-    not_text = "not_text"  # the field is no string
+    not_text = "not_text"  # the field is not a string
     undecodable = "undecodable"  # not UTF-8, or half a surrogate pair
     unreadable = "unreadable"  # a row group, from its damage on
     empty = "empty"  # no characters; counted, but no reason to stop
@@ -59,7 +59,8 @@ def cut_shards(
 ) -> list[list[Piece]]:
     """Shards of about ``shard_bytes``; None: a 64th of all, between 1 and 64 MiB.
 
-    :raises ValueError: a Parquet file is damaged, or has no text column ``column``.
+    Raises:
+        ValueError: a Parquet file is damaged, or has no text column ``column``.
     """
     row_groups = {
         i: _row_groups(file, column)
@@ -99,7 +100,7 @@ def _row_groups(file: InputFile, column: str) -> list[int]:
             sizes = [metadata.row_group(g).total_byte_size for g in range(metadata.num_row_groups)]
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(
-            f"{file.path} is no readable Parquet file: {_first_line(error)}"
+            f"{file.path} is not a readable Parquet file: {_first_line(error)}"
         ) from error
     times = schema.names.count(column)
     if times == 0:
@@ -117,7 +118,8 @@ def _row_groups(file: InputFile, column: str) -> list[int]:
 def read_piece(file: InputFile, piece: Piece, *, json_key: str, column: str) -> Iterator[Document]:
     """Documents of one piece, in the file's order.
 
-    :raises OSError: the file cannot be read.
+    Raises:
+        OSError: the file cannot be read.
     """
     if file.format is InputFormat.parquet:
         yield from _read_row_groups(file.path, piece, column)
@@ -138,8 +140,9 @@ def read_documents(
 ) -> Iterator[tuple[str, Document]]:
     """Documents of whole files, in order, each with its place as :func:`place_in` says it.
 
-    :raises ValueError: a Parquet file is damaged, or has no text column ``column``.
-    :raises OSError: a file cannot be read.
+    Raises:
+        ValueError: a Parquet file is damaged, or has no text column ``column``.
+        OSError: a file cannot be read.
     """
     seen: Counter[int] = Counter()
     for piece in itertools.chain(*cut_shards(files, column=column)):

@@ -3,8 +3,8 @@
 Shapes: B rows of a batch, T tokens of a row, R = T + 1 (a row and the token after it).
 
 Everything follows from the ids: a document ends with the end-of-document token ``eod``; ``pad``
-(None if the data has none) fills places and is no text. All of it is computed on whole rows, before
-any cut across ranks: the first token of a rank's part is no document start.
+(None if the data has none) fills places and is not text. All of it is computed on whole rows,
+before any cut across ranks: the first token of a rank's part is not a document start.
 """
 
 from collections.abc import Sequence

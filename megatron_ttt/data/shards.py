@@ -182,7 +182,8 @@ def _count_damage(
 def _tokenizer(identity: TokenizerIdentity) -> Tokenizer:
     """Return the tokenizer, loaded once per process, with the ids that the job's identity fixed.
 
-    :raises ValueError: it can no longer be loaded, or its rules changed since the job began.
+    Raises:
+        ValueError: it can no longer be loaded, or its rules changed since the job began.
     """
     if identity.kind == "bytes":
         return load_tokenizer(identity.kind)

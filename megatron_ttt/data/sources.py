@@ -39,7 +39,8 @@ def cache_dir(data: DataConfig) -> str:
 def parse_path(path: Any) -> list[tuple[str, float | None]]:
     """``data.path``'s three forms, a prefix, a list, ``{prefix: weight}``, as (prefix, weight).
 
-    :raises ValueError: none given, a prefix twice, or a weight that is no positive number.
+    Raises:
+        ValueError: none given, a prefix twice, or a weight that is not a positive number.
     """
     pairs: list[tuple[Any, Any]]
     if isinstance(path, Mapping):
@@ -75,8 +76,9 @@ def open_source(
     Without weights the shares follow the datasets' token counts. Every process calls this and
     meets the same errors; the one with ``is_builder`` does the work that is written to the cache.
 
-    :raises ValueError: a damaged or missing dataset, token ids beyond ``vocab_size``, datasets
-        made with different tokenizers, or an unknown tokenizer.
+    Raises:
+        ValueError: a damaged or missing dataset, token ids beyond ``vocab_size``, datasets
+            made with different tokenizers, or an unknown tokenizer.
     """
     if data.source is DataSource.python_stdlib:
         prefix = python_stdlib_corpus(cache_dir(data), is_builder=is_builder, barrier=barrier)

@@ -32,7 +32,8 @@ class TokenizerFiles:
 def load_files(name: str) -> TokenizerFiles:
     """Return a tokenizer that encodes whole texts, from a folder or by its name on a hub.
 
-    :raises ValueError: it cannot be loaded, or its merges are random.
+    Raises:
+        ValueError: it cannot be loaded, or its merges are random.
     """
     folder = Path(name)
     is_folder = (folder / "tokenizer.json").is_file()
@@ -99,7 +100,8 @@ def _read_whole_texts(backend: Any, name: str) -> None:
     ``transformers`` writes the truncation and the padding of its last call into the file and sets
     them anew at every call; the small library would obey what it finds there.
 
-    :raises ValueError: its merges are dropped at random: equal texts would get unequal tokens.
+    Raises:
+        ValueError: its merges are dropped at random: equal texts would get unequal tokens.
     """
     backend.no_truncation()
     backend.no_padding()
@@ -115,7 +117,8 @@ def _read_whole_texts(backend: Any, name: str) -> None:
 def start_ids(files: TokenizerFiles, name: str, bos: Bos) -> tuple[int, ...]:
     """Ids that stand before a text.
 
-    :raises ValueError: there is no mark to add, or ``bos`` leaves it to files that disagree.
+    Raises:
+        ValueError: there is no mark to add, or ``bos`` leaves it to files that disagree.
     """
     if bos is Bos.none:
         return ()

@@ -161,9 +161,10 @@ class HuggingFaceTokenizer(_IdentityProperties):
     forge a document boundary, unless ``spelled`` says otherwise; a start that such a text spells is
     not doubled. Truncation and padding stored with the tokenizer mean nothing here.
 
-    :raises ValueError: the name cannot be loaded, its merges are random, it has no end-of-sequence
-        token and none is given, ``eod`` equals ``pad``, a mark lies outside its ids, or its files
-        disagree about what stands before a text and ``start`` is ``Bos.model``.
+    Raises:
+        ValueError: the name cannot be loaded, its merges are random, it has no end-of-sequence
+            token and none is given, ``eod`` equals ``pad``, a mark lies outside its ids, or its
+            files disagree about what stands before a text and ``start`` is ``Bos.model``.
     """
 
     def __init__(
@@ -244,9 +245,12 @@ def load_tokenizer(
 ) -> Tokenizer:
     """Open the tokenizer of ``kind`` (``bytes`` or ``huggingface``), with other ids for marks.
 
-    :param start: what stands before a document or prompt.
-    :param spelled: what a special token is that a text spells out.
-    :raises ValueError: unknown kind, a missing or unloadable name, or unusable ids.
+    Args:
+        start: what stands before a document or prompt.
+        spelled: what a special token is that a text spells out.
+
+    Raises:
+        ValueError: unknown kind, a missing or unloadable name, or unusable ids.
     """
     if kind == BYTES:
         if eod is not None or pad is not None:
@@ -293,10 +297,13 @@ class ModelTokenizer:
 
         Its marks are those of the training documents, where these were made with the same rules.
 
-        :param name: another one than the checkpoint's.
-        :param bos: what stands before a text; None: what stood before those documents, or what the
-            tokenizer adds by itself where they are unknown.
-        :raises ValueError: see :func:`load_tokenizer`.
+        Args:
+            name: another one than the checkpoint's.
+            bos: what stands before a text; None: what stood before those documents, or what the
+                tokenizer adds by itself where they are unknown.
+
+        Raises:
+            ValueError: see :func:`load_tokenizer`.
         """
         name = name if name is not None else self.name
         if name is None:

@@ -29,7 +29,7 @@ BASELINE = "ttt=off"
 READ = "read "  # before the keys of an update rule under which a run was read, not trained
 REFERENCE = "reference"  # of the setting that differs from the most frequent values in nothing
 _COLOURS = ("#475569", "#c2410c", "#0f766e", "#7c3aed", "#a16207", "#be185d", "#1d4ed8", "#4d7c0f")
-# What may differ between runs of one setting, and is no setting.
+# What may differ between runs of one setting, and is not a setting.
 _NO_SETTING = ("run", "checkpoint", "logging", "validation", "data.workers", "train.seed")
 
 
@@ -39,7 +39,7 @@ class Result:
 
     Attributes:
         path: of the file.
-        settings: the run's configuration by dotted key, without what is no setting; and what was
+        settings: the run's configuration by dotted key, without what is not a setting; and what was
             changed of its update rule for this reading, behind ``READ``.
         seed: of the run.
         shape: of the text: tokens of a row, rows, bins.
@@ -75,7 +75,7 @@ def read_result(path: Path) -> Result:
     """Read what ``task=perplexity`` wrote.
 
     Raises:
-        ValueError: the file is no evaluation of a run's perplexity; one line.
+        ValueError: the file is not an evaluation of a run's perplexity; one line.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))

@@ -216,6 +216,6 @@ def _figures(
         wide_DF = state_DF.double()
         ranks.append(effective_rank(reduce_sums(wide_DF @ wide_DF.mT)))
     rank_B = torch.tensor(ranks, dtype=torch.float64, device=ratio_B.device)
-    # A state that is no number is beyond every bound; it must not pass as one that is not there.
+    # A state that is not a number is beyond every bound; it must not pass as one that is not there.
     ratio_B = ratio_B.nan_to_num(nan=torch.inf)
     return torch.stack([ratio_B, heard_B, rank_B, share_B])

@@ -14,7 +14,7 @@ import torch
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
     """Bytes that ``function`` holds at most beyond what was held before; its result included.
 
-    On CPU torch's profiler counts allocations, so this is no call to be timed.
+    On CPU torch's profiler counts allocations, so a call inside is not to be timed.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -199,7 +199,7 @@ def _load_weights(
 
     has_manifest, is_megatron = on_first_rank(ranks, known_files)
     if not is_megatron:
-        raise _fault("checkpoint.load", place, "is no folder with a Megatron checkpoint")
+        raise _fault("checkpoint.load", place, "is not a Megatron checkpoint")
     try:
         if has_manifest:
             facts = checkpoint.verified(folder, ranks).facts

@@ -1,4 +1,4 @@
-"""The learning rate over a run, counted in samples: a batch size is no unit of time."""
+"""The learning rate over a run, counted in samples: it does not depend on the batch size."""
 
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler

@@ -137,7 +137,7 @@ def test_interrupted_from_the_keyboard(corpus: Path, whole: Path, tmp_path: Path
         (["{corpus}", "tokenizer={folder}"], "cannot be loaded"),
         (["{corpus}", "on_error=stop"], "x.jsonl:1235 bad_json (on_error=stop)"),
         (["{corpus}", "json_key=body"], "the inputs hold no usable document"),
-        (["{corpus}", "format=parquet"], "is no readable Parquet file"),
+        (["{corpus}", "format=parquet"], "is not a readable Parquet file"),
     ],
 )
 def test_mistakes_take_one_line_and_exit_2(
