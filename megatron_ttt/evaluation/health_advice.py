@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from megatron_ttt.rule import ClipMode, Normalize, UpdateRule
+from megatron_ttt.rule import ClipMode, Normalize, UpdateRule, WriteKind
 
 NOISE = 0.002  # nats a token: differences of two losses over few rows that mean nothing
 # A fast layer's parameters, as tables and files call them and as the model does.
@@ -211,6 +211,8 @@ def _write_more(rule: UpdateRule) -> str:
     keys = [f"ttt.eta (it is {rule.eta:g})"]
     if rule.clip.mode is not ClipMode.off:
         keys.append(f"ttt.clip.bound (it is {rule.clip.bound:g})")
+    if rule.write.kind is WriteKind.bounded:
+        keys.append(f"ttt.write.bound (it is {rule.write.bound:g})")
     if rule.decay < 1:
         keys.append(f"ttt.decay (it is {rule.decay:g})")
     return f"raise {' or '.join(keys)}"

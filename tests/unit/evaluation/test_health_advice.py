@@ -16,7 +16,7 @@ from megatron_ttt.evaluation.health_advice import (
     plain_values,
     warnings_of,
 )
-from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
+from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule, WriteKind, WriteSettings
 
 NAN, INF = float("nan"), float("inf")
 LAYER = LayerHealth(
@@ -144,6 +144,14 @@ def test_no_concern_advises_a_value_in_use() -> None:
         (warning,) = warnings_of(health, RULE)
         raised = re.findall(r"[Rr]aise ([^,.]*(?:\.[a-z][^,.]*)*)", warning)
         assert not any("decay" in text or "clip" in text for text in raised), warning
+
+
+def test_what_is_raised_is_what_holds_the_writes_down() -> None:
+    health = with_layer(output_ratio=[0.001, 0.001, 0.002, 0.003])
+    rule = replace(TRIED, write=WriteSettings(WriteKind.bounded, 0.2))
+    keys = "ttt.eta (it is 0.5) or ttt.clip.bound (it is 0.1) or ttt.write.bound (it is 0.2) or"
+    assert f"Raise {keys} ttt.decay (it is 0.9)" in warnings_of(health, rule)[0]
+    assert "Raise ttt.eta (it is 0.3), or train longer" in warnings_of(health, RULE)[0]
 
 
 def test_parts_that_are_off_are_to_be_switched_on() -> None:
