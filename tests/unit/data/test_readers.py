@@ -116,7 +116,7 @@ def test_unusable_parquet_files(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     path.write_bytes(b"PAR1 not really")
     files = list_inputs([str(path)], format=InputFormat.auto, pattern=None)
-    with pytest.raises(ValueError, match="no readable Parquet file"):
+    with pytest.raises(ValueError, match="is not a readable Parquet file"):
         cut_shards(files, column="text")
     pq.write_table(pa.table({"text": [1, 2], "t": ["a", "b"]}), path)
     files = list_inputs([str(path)], format=InputFormat.auto, pattern=None)
