@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -31,15 +31,18 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_ttt.evaluation.memory import peak_bytes
-from megatron_ttt.fast_weights import fast_weight_linear
-from megatron_ttt.fast_weights.documents import plan_chunks
+from megatron_ttt.fast_weights import Write, fast_weight_scan
+from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
+from megatron_ttt.fast_weights.groups import group_size
+from megatron_ttt.fast_weights.inside import strip_tokens
 from megatron_ttt.fast_weights.target import target_from_source
-from megatron_ttt.rule import KERNEL_SIZE, UpdateRule
+from megatron_ttt.rule import KERNEL_SIZE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # Rounding between two orders of the same sums, relative to the norm of what is compared.
 TOLERANCES = {"fp32": 2e-5, "bf16": 3e-2, "fp64": 1e-12}
 UPDATE_RATIO = 0.2
+OURS, DENSE = "fast weight", "dense"
 
 
 class Part(StrEnum):
@@ -87,6 +90,26 @@ class LayerProblem:
         return self.tokens // self.chunk
 
     @property
+    def group_chunks(self) -> int:
+        """Chunks that touch our state together."""
+        plan = _plan(self.tokens, self.chunk, torch.device("cpu"))
+        is_cpu = self.device == "cpu"
+        return group_size(plan, hidden=self.hidden, is_cpu=is_cpu, has_factors=False)
+
+    @property
+    def inside_products(self) -> float:
+        """Products inside our groups, in units of tokens x hidden x ffn, forward and backward.
+
+        Scores and their gradients, for the part of a group's square that its strips compute.
+        """
+        tokens = min(self.group_chunks * self.chunk, self.tokens)
+        if tokens == self.chunk:
+            return 0.0
+        strip = min(max(strip_tokens(is_cpu=self.device == "cpu"), self.chunk), tokens)
+        share = (1 + strip / tokens) / 2 - self.chunk / tokens
+        return share * tokens * (4 / self.hidden + 3 / self.ffn)
+
+    @property
     def matrix_bytes(self) -> int:
         return self.hidden * self.ffn * DTYPES[self.dtype].itemsize
 
@@ -95,9 +118,9 @@ class LayerProblem:
 class Variant:
     """A way to compute the layer and what it must at least cost.
 
-    ``gemms``: products of tokens x hidden x ffn, forward and backward. ``matrix_passes``: times a
-    hidden x ffn matrix is read or written per chunk (none per chunk for the dense projection),
-    counted in the formulation, caches ignored.
+    ``gemms``: products of tokens x hidden x ffn, forward and backward; ours has those inside
+    groups besides. ``matrix_passes``: times a hidden x ffn matrix is read or written per chunk,
+    with ours per group, counted in the formulation, caches ignored.
     """
 
     name: str
@@ -108,10 +131,16 @@ class Variant:
 
     def products(self, problem: LayerProblem) -> float:
         """Products of tokens x hidden x ffn, those of gate, up and ``W_target`` included."""
+        own = self.gemms + (problem.inside_products if self.name == OURS else 0.0)
         if problem.part == Part.PROJECTION:
-            return self.gemms
+            return own
         target = 0 if self.name == DENSE else 3 * problem.hidden / problem.ffn
-        return self.gemms + 6 + target
+        return own + 6 + target
+
+    def matrix_traffic(self, problem: LayerProblem) -> int:
+        """Bytes of matrices read and written."""
+        each = problem.group_chunks if self.name == OURS else 1
+        return self.matrix_passes * -(-problem.chunks // each) * problem.matrix_bytes
 
 
 @dataclass(frozen=True)
@@ -130,9 +159,14 @@ class Measurement:
         return min(self.seconds)
 
 
+@cache
+def _plan(length: int, chunk: int, device: torch.device) -> ChunkPlan:
+    """Lay the grid once, as training does for all layers of a micro-batch."""
+    return plan_chunks(None, batch=1, length=length, chunk_size=chunk, device=device)
+
+
 def _chunked_target(source_TD: Tensor, conv_D15: Tensor, proj_DD: Tensor, chunk: int) -> Tensor:
-    length, device = len(source_TD), source_TD.device
-    plan = plan_chunks(None, batch=1, length=length, chunk_size=chunk, device=device)
+    plan = _plan(len(source_TD), chunk, source_TD.device)
     return target_from_source(source_TD[None], conv_D15, proj_DD, plan=plan)[0]
 
 
@@ -150,9 +184,9 @@ def _no_target(source_TD: Tensor, conv_D15: Tensor, proj_DD: Tensor, chunk: int)
 def _fast_weight(
     keys_TF: Tensor, targets_TD: Tensor, weight_DF: Tensor, eta: float, chunk: int
 ) -> Tensor:
-    return fast_weight_linear(
-        keys_TF[None], targets_TD[None], weight_DF, rule=UpdateRule(eta=eta, chunk_size=chunk)
-    ).outputs_BTD[0]
+    plan = _plan(len(keys_TF), chunk, keys_TF.device)
+    write = Write(targets_TD[None])
+    return fast_weight_scan(keys_TF[None], write, weight_DF, plan=plan, eta=eta).outputs_BTD[0]
 
 
 def _materialising(
@@ -172,13 +206,12 @@ def _dense(
     return keys_TF @ weight_DF.T
 
 
-# Passes of the scan: build and read the effective weight 4 (twice), norm of the state 1, update of
-# the state 2 (twice), G read by two products 2, update of G 2. Of the other: summaries written 1,
-# cumulative sum 2, padding 2, times eta 2, plus W0 2, product 1; backward: product 2, sum to dW0 1,
-# times eta 2, padding 2, reversed cumulative sum 6, two products 2.
-DENSE = "dense"
+# Passes of the scan: build and read the effective weight 4 (twice), update of the state 2 (twice),
+# G read by two products 2, update of G 2. Of the other: summaries written 1, cumulative sum 2,
+# padding 2, times eta 2, plus W0 2, product 1; backward: product 2, sum to dW0 1, times eta 2,
+# padding 2, reversed cumulative sum 6, two products 2.
 VARIANTS = (
-    Variant("fast weight", 7, 17, forward=_fast_weight, target=_chunked_target),
+    Variant(OURS, 7, 16, forward=_fast_weight, target=_chunked_target),
     Variant("materialising", 6, 25, forward=_materialising, target=_convolved_target),
     Variant(DENSE, 3, 0, forward=_dense, target=_no_target),
 )
@@ -295,7 +328,7 @@ def measure(problem: LayerProblem) -> tuple[list[Measurement], float]:
             name=variant.name,
             seconds=seconds[variant.name],
             floor_seconds=variant.products(problem) * min(gemm_seconds),
-            matrix_traffic_bytes=variant.matrix_passes * problem.chunks * problem.matrix_bytes,
+            matrix_traffic_bytes=variant.matrix_traffic(problem),
             peak_bytes=peaks[variant.name],
             extra_bytes=peaks[variant.name] - peaks[DENSE],
         )

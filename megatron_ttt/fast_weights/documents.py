@@ -18,8 +18,9 @@ Shape suffixes: B batch rows, T tokens, N chunks (``ceil(T / C)``), C tokens of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,6 +67,8 @@ class ChunkPlan:
     padding_BT: Tensor | None  # bool; None: no padding anywhere
     blocks: tuple[ChunkBlocks, ...]  # one per chunk
     splits_chunks: bool  # some document starts inside a chunk
+    # By (chunks of a group, spans): what ``groups.py`` has made of this plan.
+    groups: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def batch(self) -> int:
@@ -264,9 +267,14 @@ def _written_runs(writes_BNC: Tensor) -> dict[tuple[int, int], list[tuple[int, i
 
 
 def _merge_rows(runs_B: list[list[tuple[int, int]]]) -> tuple[Block, ...]:
-    changes = [row for row in range(1, len(runs_B)) if runs_B[row] != runs_B[row - 1]]
     return tuple(
         Block(rows=slice(first, last), start=start, stop=stop)
-        for first, last in pairwise([0, *changes, len(runs_B)])
+        for first, last in equal_rows(runs_B)
         for start, stop in runs_B[first]
     )
+
+
+def equal_rows(values_B: Sequence[object]) -> Iterator[tuple[int, int]]:
+    """Yield ``(first, last)`` of neighbouring batch rows with equal values."""
+    changes = [row for row in range(1, len(values_B)) if values_B[row] != values_B[row - 1]]
+    return pairwise([0, *changes, len(values_B)])

@@ -29,6 +29,8 @@ from torch.autograd.function import once_differentiable
 from megatron_ttt.fast_weights.accumulate import accumulate_product, state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.exchange import CarryExchange, Direction, PendingCarries
+from megatron_ttt.fast_weights.groups import Group, groups_of
+from megatron_ttt.fast_weights.inside import InsideGradients, inside_backward, read_inside
 from megatron_ttt.fast_weights.scale import line_norms
 
 
@@ -45,23 +47,25 @@ class ScanCall:
     spans: int
     exchange: CarryExchange | None
     factors_BN: Tensor | None = None
+    group_chunks: int = 1
+    wants_norms: bool = False
 
     @property
     def unit(self) -> float:
         """G is dL/dS divided by this: eta, or 1 where eta is 0 and outputs read no state."""
         return self.eta or 1.0
 
-    def span_chunks(self) -> list[range]:
-        size = self.plan.chunks // self.spans
-        return [range(span * size, (span + 1) * size) for span in range(self.spans)]
+    def span_groups(self) -> tuple[tuple[Group, ...], ...]:
+        """Return the groups of every span, from the left to the right."""
+        return groups_of(self.plan, chunks=self.group_chunks, spans=self.spans)
 
-    def keep_rows(self, matrix_BDF: Tensor, chunk: int) -> None:
+    def keep_rows(self, matrix_BDF: Tensor, group: Group) -> None:
         """Multiply each row's matrix by its keep; 0 selects, so an infinity becomes no NaN."""
-        for row, keep in enumerate(self.plan.blocks[chunk].keeps):
+        for row, keep in enumerate(group.blocks.keeps):
             if keep == 0:
                 matrix_BDF[row].zero_()
-            elif self.factors_BN is not None:
-                matrix_BDF[row].mul_(keep * self.factors_BN[row, chunk])
+            elif self.factors_BN is not None:  # then a group is one chunk
+                matrix_BDF[row].mul_(keep * self.factors_BN[row, group.first])
             elif keep != 1:
                 matrix_BDF[row].mul_(keep)
 
@@ -95,13 +99,25 @@ class ScanTensors:
         batch = self.keys_BTF.shape[0]
         return self.weight_DF.new_zeros(batch, *self.weight_DF.shape, dtype=self.state_dtype)
 
-    def write_chunk(self, state_BDF: Tensor, chunk: int, call: ScanCall) -> None:
-        """``S = k S + L^T R`` over the chunk's written rows."""
-        call.keep_rows(state_BDF, chunk)
-        for rows, tokens in call.plan.places(chunk, call.plan.blocks[chunk].written):
+    def write_group(self, state_BDF: Tensor, group: Group, call: ScanCall) -> None:
+        """``S = k S + L^T R`` over the group's written rows."""
+        call.keep_rows(state_BDF, group)
+        for rows, tokens in group.places(group.blocks.written):
             accumulate_product(
                 state_BDF[rows], self.targets_BTD[rows, tokens], self.write_keys_BTF[rows, tokens]
             )
+
+    def read_inside(self, group: Group, outputs_BTD: Tensor, call: ScanCall) -> None:
+        """Add to the outputs what the group's tokens read from each other."""
+        read_inside(
+            group,
+            outputs_BTD,
+            self.keys_BTF,
+            self.write_keys_BTF,
+            self.targets_BTD,
+            chunk_size=call.plan.chunk_size,
+            eta=call.eta,
+        )
 
 
 class FastWeightScan(torch.autograd.Function):
@@ -126,23 +142,23 @@ class FastWeightScan(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF)
 
-        plan, eta = call.plan, call.eta
+        eta = call.eta
         outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0])
         if eta == 0:
             torch.matmul(keys_BTF, weight_DF.T, out=outputs_BTD)
-        shape = (plan.batch, plan.chunks, weight_DF.shape[0])
-        norms_BND = keys_BTF.new_zeros(shape, dtype=tensors.state_dtype)
+        norms = _StateNorms(tensors, call)
         sweep = _StateSweep(tensors, entering_SBDF, call)
-        for span, chunks in enumerate(call.span_chunks()):
+        for span, groups in enumerate(call.span_groups()):
             sweep.enter(span)
-            for chunk in chunks:
-                if sweep.live:
-                    line_norms(sweep.state_BDF, out=norms_BND[:, chunk])
+            for group in groups:
+                if sweep.live or group.segments:
+                    norms.note(sweep.state_BDF, group)
                 if eta != 0:
-                    sweep.apply(chunk, keys_BTF, outputs_BTD, transposed=True)
-                if chunk != chunks[-1] or span == call.spans - 1:
-                    sweep.advance(chunk)
-        squares_BN = norms_BND.double().square().sum(dim=2)
+                    sweep.apply(group, keys_BTF, outputs_BTD, transposed=True)
+                    tensors.read_inside(group, outputs_BTD, call)
+                if group is not groups[-1] or span == call.spans - 1:
+                    sweep.advance(group)
+        squares_BN = norms.squares()
         ctx.mark_non_differentiable(squares_BN)
         return outputs_BTD, sweep.state_BDF, squares_BN
 
@@ -174,12 +190,13 @@ class FastWeightScan(torch.autograd.Function):
         if call.eta == 0:
             torch.matmul(d_outputs_BTD, weight_DF, out=reverse.d_keys_BTF)
         else:
-            for span, chunks in enumerate(call.span_chunks()):
+            for span, groups in enumerate(call.span_groups()):
                 sweep.enter(span)
-                for chunk in chunks:
-                    sweep.apply(chunk, d_outputs_BTD, reverse.d_keys_BTF, transposed=False)
-                    if chunk != chunks[-1]:
-                        sweep.advance(chunk)
+                for group in groups:
+                    sweep.apply(group, d_outputs_BTD, reverse.d_keys_BTF, transposed=False)
+                    if group is not groups[-1]:
+                        sweep.advance(group)
+            reverse.read_inside()
         del sweep
         d_carry_BDF = reverse.run(pending)
         d_carry = None if ctx.carry_dtype is None else d_carry_BDF.to(ctx.carry_dtype)
@@ -203,25 +220,51 @@ class _StateSweep:
             self.live = True
 
     def apply(
-        self, chunk: int, inputs_BTX: Tensor, outputs_BTY: Tensor, *, transposed: bool
+        self, group: Group, inputs_BTX: Tensor, outputs_BTY: Tensor, *, transposed: bool
     ) -> None:
         """Compute ``inputs @ (W0 + eta S)`` or its transpose; fresh rows by ``W0`` alone."""
-        blocks, weight_DF = self.call.plan.blocks[chunk], self.tensors.weight_DF
+        blocks, weight_DF = group.blocks, self.tensors.weight_DF
         slow_BDF = weight_DF.expand(self.state_BDF.shape)
         carried_BDF = slow_BDF
         if self.live and blocks.carried:
             eta = self.call.eta
             carried_BDF = self.effective_BDF
             torch.add(weight_DF, self.state_BDF, alpha=eta, out=carried_BDF)
-        for matrix_BDF, group in ((carried_BDF, blocks.carried), (slow_BDF, blocks.fresh)):
+        for matrix_BDF, some in ((carried_BDF, blocks.carried), (slow_BDF, blocks.fresh)):
             matrix_BXY = matrix_BDF.mT if transposed else matrix_BDF
-            for rows, tokens in self.call.plan.places(chunk, group):
+            for rows, tokens in group.places(some):
                 torch.bmm(inputs_BTX[rows, tokens], matrix_BXY[rows], out=outputs_BTY[rows, tokens])
 
-    def advance(self, chunk: int) -> None:
-        """``S = k S + L^T R`` over the chunk's written rows."""
-        self.tensors.write_chunk(self.state_BDF, chunk, self.call)
-        self.live = self.live or bool(self.call.plan.blocks[chunk].written)
+    def advance(self, group: Group) -> None:
+        """``S = k S + L^T R`` over the group's written rows."""
+        self.tensors.write_group(self.state_BDF, group, self.call)
+        self.live = self.live or bool(group.blocks.written)
+
+
+class _StateNorms:
+    """Norms of the state that enters every chunk, where they are wanted."""
+
+    def __init__(self, tensors: ScanTensors, call: ScanCall) -> None:
+        self.tensors, self.call, plan = tensors, call, call.plan
+        chunks = plan.chunks if call.wants_norms else 0
+        shape = (plan.batch, chunks, tensors.weight_DF.shape[0])
+        self.norms_BND = tensors.weight_DF.new_zeros(shape, dtype=tensors.state_dtype)
+
+    def note(self, state_BDF: Tensor, group: Group) -> None:
+        """Take the norm at every chunk of a group that ``state_BDF`` enters."""
+        if not self.call.wants_norms:
+            return
+        line_norms(state_BDF, out=self.norms_BND[:, group.first])
+        if group.last > group.first + 1:  # chunk by chunk once more, for the norms alone
+            state_BDF = state_BDF.clone()
+            (parts,) = groups_of(self.call.plan, chunks=1, spans=1)
+            for chunk in range(group.first, group.last - 1):
+                self.tensors.write_group(state_BDF, parts[chunk], self.call)
+                line_norms(state_BDF, out=self.norms_BND[:, chunk + 1])
+
+    def squares(self) -> Tensor:
+        """``[B, N]`` float64; ``[B, 0]`` where none are wanted."""
+        return self.norms_BND.double().square().sum(dim=2)
 
 
 class _GradientSweep:
@@ -269,13 +312,33 @@ class _GradientSweep:
         )
         # The scan comes from the right: its spans first, so that their messages leave early. All
         # are computed, also one that nobody waits for, since together they are dW0.
-        for span, chunks in reversed(list(enumerate(self.call.span_chunks()))):
-            for chunk in reversed(chunks):
-                self._retreat(summaries_SBDF[span], chunk, self.d_weight_DF)
+        for span, groups in reversed(list(enumerate(self.call.span_groups()))):
+            for group in reversed(groups):
+                self._retreat(summaries_SBDF[span], group, self.d_weight_DF)
             pending.provide(span, summaries_SBDF[span])
             if self.d_weight_DF is not None:
                 self.d_weight_DF += summaries_SBDF[span].sum(dim=0)
         return pending
+
+    def read_inside(self) -> None:
+        """Add the gradients of what groups read inside; they need no other rank."""
+        tensors, call = self.tensors, self.call
+        gradients = InsideGradients(
+            self.d_keys_BTF,
+            self.d_write_keys_BTF if self.needs_write_keys else None,
+            self.d_targets_BTD if self.needs_targets else None,
+        )
+        for group in (group for groups in call.span_groups() for group in groups):
+            inside_backward(
+                group,
+                self.d_outputs_BTD,
+                tensors.keys_BTF,
+                tensors.write_keys_BTF,
+                tensors.targets_BTD,
+                gradients,
+                chunk_size=call.plan.chunk_size,
+                eta=call.eta,
+            )
 
     def run(self, pending: PendingCarries | None) -> Tensor:
         """Add the written rows' gradients; return that of the state entering the first span."""
@@ -288,15 +351,15 @@ class _GradientSweep:
             shared_DF = self.d_weight_DF
             live = self.last_BDF is not None
         gradient_BDF = entering_SBDF[0]
-        for span, chunks in reversed(list(enumerate(self.call.span_chunks()))):
+        for span, groups in reversed(list(enumerate(self.call.span_groups()))):
             gradient_BDF = entering_SBDF[span]
             if span == self.call.spans - 1 and self.last_BDF is not None:
                 gradient_BDF = gradient_BDF + self.last_BDF
-            for chunk in reversed(chunks):
+            for group in reversed(groups):
                 if live:
-                    self._read(gradient_BDF, chunk)
-                if chunk != chunks[0] or span == 0:
-                    self._retreat(gradient_BDF, chunk, shared_DF)
+                    self._read(gradient_BDF, group)
+                if group is not groups[0] or span == 0:
+                    self._retreat(gradient_BDF, group, shared_DF)
                     live = live or self.call.eta != 0
         if shared_DF is not None:
             shared_DF += gradient_BDF.sum(dim=0)
@@ -314,11 +377,11 @@ class _GradientSweep:
                 )
         return total_DF.to(tensors.weight_DF.dtype)
 
-    def _read(self, gradient_BDF: Tensor, chunk: int) -> None:
+    def _read(self, gradient_BDF: Tensor, group: Group) -> None:
         """``dR += eta L G`` and ``dL = eta R G^T`` on the written rows."""
-        tensors, plan, unit = self.tensors, self.call.plan, self.call.unit
+        tensors, unit = self.tensors, self.call.unit
         rounded_BDF = gradient_BDF.to(tensors.keys_BTF.dtype)
-        for rows, tokens in plan.places(chunk, plan.blocks[chunk].written):
+        for rows, tokens in group.places(group.blocks.written):
             matrix_BDF = rounded_BDF[rows]
             if self.needs_write_keys:
                 self.d_write_keys_BTF[rows, tokens].baddbmm_(
@@ -326,26 +389,25 @@ class _GradientSweep:
                 )
             if self.needs_targets:
                 self.d_targets_BTD[rows, tokens].baddbmm_(
-                    tensors.write_keys_BTF[rows, tokens], matrix_BDF.mT, beta=0, alpha=unit
+                    tensors.write_keys_BTF[rows, tokens], matrix_BDF.mT, alpha=unit
                 )
 
-    def _retreat(self, gradient_BDF: Tensor, chunk: int, shared_DF: Tensor | None) -> None:
+    def _retreat(self, gradient_BDF: Tensor, group: Group, shared_DF: Tensor | None) -> None:
         """``G = k G + (a dO)^T Z``; what never reaches G goes to ``shared_DF``, a part of dW0."""
-        plan, keys_BTF = self.call.plan, self.tensors.keys_BTF
-        blocks = plan.blocks[chunk]
+        keys_BTF, blocks = self.tensors.keys_BTF, group.blocks
         if shared_DF is not None:
             for row, keep in enumerate(blocks.keeps):
                 if keep == 0:
                     shared_DF += gradient_BDF[row]
-        self.call.keep_rows(gradient_BDF, chunk)
+        self.call.keep_rows(gradient_BDF, group)
         if self.call.eta == 0:
             return
-        for rows, tokens in plan.places(chunk, blocks.carried):
+        for rows, tokens in group.places(blocks.carried):
             accumulate_product(
                 gradient_BDF[rows], self.d_outputs_BTD[rows, tokens], keys_BTF[rows, tokens]
             )
         if shared_DF is not None:
-            for rows, tokens in plan.places(chunk, blocks.fresh):
+            for rows, tokens in group.places(blocks.fresh):
                 for row in range(rows.start, rows.stop):
                     accumulate_product(
                         shared_DF[None],
@@ -366,10 +428,10 @@ def _entering_states(
         summaries_SBDF[0].copy_(carry)
     pending = call.exchange.open(summaries_SBDF, direction=Direction.FORWARD, factors_SB=factors_SB)
     needed = call.exchange.needs_summary(Direction.FORWARD)
-    for span, chunks in enumerate(call.span_chunks()):
+    for span, groups in enumerate(call.span_groups()):
         if needed[span]:
-            for chunk in chunks:
-                tensors.write_chunk(summaries_SBDF[span], chunk, call)
+            for group in groups:
+                tensors.write_group(summaries_SBDF[span], group, call)
             pending.provide(span, summaries_SBDF[span])  # its messages leave while the next is made
     entering_SBDF = pending.wait()
     if carry is not None:

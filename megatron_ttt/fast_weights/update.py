@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.exchange import CarryExchange
+from megatron_ttt.fast_weights.groups import group_size
 from megatron_ttt.fast_weights.scale import ReduceSums
 from megatron_ttt.fast_weights.sweeps import FastWeightScan, ScanCall
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write, WriteCall, plain
@@ -34,7 +35,7 @@ class FastWeightOutput:
     differentiable.
     ``keep_B``: float64, the factor the local tokens apply to the carry.
     ``state_squares_BN``: detached ``norm(S)^2`` of the state entering each chunk, for the update
-    ratio (a local shard's under TP: sum over TP).
+    ratio (a local shard's under TP: sum over TP); ``[B, 0]`` where it was not asked for.
     """
 
     outputs_BTD: Tensor
@@ -85,7 +86,13 @@ def fast_weight_linear(
     call = WriteCall(rule, plan, weight_DF, {}, reduce_sums)
     write = plain(TokenInputs(keys_BTF, targets_BTD), targets_BTD, call)
     return fast_weight_scan(
-        keys_BTF, write, weight_DF, plan=plan, eta=rule.eta, carry_BDF=carry_BDF
+        keys_BTF,
+        write,
+        weight_DF,
+        plan=plan,
+        eta=rule.eta,
+        carry_BDF=carry_BDF,
+        wants_norms=True,
     )
 
 
@@ -99,6 +106,8 @@ def fast_weight_scan(
     spans: int = 1,
     exchange: CarryExchange | None = None,
     carry_BDF: Tensor | None = None,
+    group_chunks: int | None = None,
+    wants_norms: bool = False,
 ) -> FastWeightOutput:
     """``O_i = Z_i (W0 + eta S_i)^T``, ``S_{i+1} = f_i k_i S_i + L_i^T R_i`` on a rank's tokens.
 
@@ -117,6 +126,9 @@ def fast_weight_scan(
             are whole rows.
         carry_BDF: enters the first local span on top of the exchange's carry: with an exchange only
             the owner of the row's first span passes one.
+        group_chunks: chunks that touch the state together (``groups.py``); None: by the sizes.
+        wants_norms: whether ``state_squares_BN`` is made; in groups of several chunks it costs a
+            product and a pass over the state for every chunk.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or several spans without an exchange.
@@ -134,12 +146,29 @@ def fast_weight_scan(
         write.keys_BTF,
         weight_DF,
         carry_BDF,
-        ScanCall(plan, eta, spans, exchange, write.factors_BN),
+        ScanCall(
+            plan,
+            eta,
+            spans,
+            exchange,
+            write.factors_BN,
+            group_chunks=group_chunks or _group_chunks(keys_BTF, write, weight_DF, plan),
+            wants_norms=wants_norms,
+        ),
     )
     keep_B = plan.span_keeps(1)[0]
     if write.factors_BN is not None:
         keep_B = keep_B * write.factors_BN.prod(dim=1).to(keep_B.dtype)
     return FastWeightOutput(outputs_BTD, state_BDF, keep_B, squares_BN)
+
+
+def _group_chunks(keys_BTF: Tensor, write: Write, weight_DF: Tensor, plan: ChunkPlan) -> int:
+    return group_size(
+        plan,
+        hidden=weight_DF.shape[0],
+        is_cpu=keys_BTF.is_cpu,
+        has_factors=write.factors_BN is not None,
+    )
 
 
 def written_state(

@@ -17,6 +17,8 @@ MODULES = (
     "fast_weights.accumulate",
     "fast_weights.documents",
     "fast_weights.exchange",
+    "fast_weights.groups",
+    "fast_weights.inside",
     "fast_weights.scale",
     "fast_weights.sweeps",
     "fast_weights.target",

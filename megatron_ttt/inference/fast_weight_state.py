@@ -145,6 +145,7 @@ class FastWeightState:
             spans=spans.count,
             exchange=spans.exchange,
             carry_BDF=self.state_BDF if spans.has_first else None,
+            group_chunks=1,  # as a decoder writes: their states are equal bit by bit
         )
         self._take(list(range(self.batch)), spans.share_last(output.state_BDF), layer.weight_DF)
         self.places = [place + spans.length for place in self.places]
@@ -296,6 +297,7 @@ class FastWeightState:
             plan=plan,
             eta=self.rule.eta,
             carry_BDF=None if self.state_BDF is None else self.state_BDF[self._of_rows(rows)],
+            group_chunks=1,  # as a decoder writes
         )
         self._take(rows, output.state_BDF, layer.weight_DF)
         return output.outputs_BTD

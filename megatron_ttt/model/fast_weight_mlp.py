@@ -149,8 +149,10 @@ class FastWeightMLP(MLP):
             eta=self.rule.eta,
             spans=len(layout.ranges),
             exchange=self._exchange(layout),
+            wants_norms=layout.wants_norms,
         )
-        layout.state_squares[self.layer] = output.state_squares_BN
+        if layout.wants_norms:
+            layout.state_squares[self.layer] = output.state_squares_BN
         # Megatron's reduction works in place on contiguous memory and silently loses a view's.
         return output.outputs_BTD.transpose(0, 1).contiguous()
 

@@ -76,6 +76,7 @@ class SequenceLayout(PackedSeqParams):
             whole row, which is therefore never exchanged. ``None`` at cp = 1.
         embeddings: the input embeddings as an autograd leaf ``[L or L/tp, B, H]``, set by the
             model where targets come from them.
+        wants_norms: whether layers fill ``state_squares``.
         state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
             shard of the state that enters each local chunk; filled while the layers run.
         carries: per layer ``[S, B, H, F]``, the states that entered this rank's spans, kept from
@@ -92,6 +93,7 @@ class SequenceLayout(PackedSeqParams):
     plan: ChunkPlan | None = None
     exchange: SpanExchange | None = None
     embeddings: Tensor | None = None
+    wants_norms: bool = True
     state_squares: dict[int, Tensor] = field(default_factory=dict)
     carries: dict[int, Tensor] = field(default_factory=dict)
     scans: list[ScanRecord] = field(default_factory=list)
@@ -133,6 +135,7 @@ def sequence_layout(
     reset_fast_weights: bool,
     scan: ScanSettings,
     device: torch.device,
+    wants_norms: bool = True,
 ) -> SequenceLayout:
     """Return the layout of a micro-batch for one context-parallel rank, from its whole rows.
 
@@ -146,6 +149,7 @@ def sequence_layout(
         mask_attention, reset_positions, reset_fast_weights: what a document boundary does.
         scan: the ranks that share the row, and this one's place among them.
         device: where the layout's tensors go.
+        wants_norms: whether layers note the norms of their states.
     """
     batch, length = document_starts.shape
     ranges: Sequence[tuple[int, int]] = [(0, length)]  # cp = 1: one run of any length
@@ -182,6 +186,7 @@ def sequence_layout(
         documents=upload(documents, device) if mask_attention else None,
         plan=plan,
         exchange=exchange,
+        wants_norms=wants_norms,
     )
 
 

@@ -90,7 +90,7 @@ def gather_rows(
         )
     ]
     layers = ttt_layers(config)
-    for layer, ratio in zip(layers, known, strict=True):
+    for layer, ratio in zip(layers, known, strict=True) if observations.has_norms else ():
         rows[-1][f"ttt/update_ratio/layer_{layer:02d}"] = ratio
     if layers and config.parallel.cp > 1:
         rows[-1]["ttt/scan_exposed_s"] = exposed

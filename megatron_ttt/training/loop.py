@@ -81,13 +81,21 @@ class Trainer:
         """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def train_step(self, data: Any) -> tuple[Tensor, float, Observations]:
+    def train_step(
+        self, data: Any, *, wants_norms: bool = True
+    ) -> tuple[Tensor, float, Observations]:
         """One optimizer step over a global batch: (this rank's loss sums, gradient norm, ...).
 
         Raises:
             FloatingPointError: the gradient norm is not finite; no weight has changed.
         """
-        step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=self.config.ttt.mode)
+        step = ForwardStep(
+            self.config,
+            self.ranks,
+            scan=self.scan,
+            mode=self.config.ttt.mode,
+            wants_norms=wants_norms,
+        )
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_sums = run_micro_batches(
@@ -281,8 +289,15 @@ def train(
     config, pending = trainer.config, PendingFigures()
     for step in range(progress.step + 1, config.train.steps + 1):
         began, lr = time.monotonic(), trainer.lr
+        last = step == config.train.steps
+        validates = due(step, config.validation.interval)
+        saves = due(step, config.checkpoint.interval) or last
+        # a run shows its first step at once
+        reports = validates or saves or due(step, config.logging.interval) or not pending.reported
         try:
-            loss_sums, grad_norm, observations = trainer.train_step(data.train_iterator)
+            loss_sums, grad_norm, observations = trainer.train_step(
+                data.train_iterator, wants_norms=reports
+            )
         except FloatingPointError as error:
             _write(reporter, pending.rows(trainer.model, config, trainer.ranks))
             raise FloatingPointError(f"step {step}: {error}") from error
@@ -303,12 +318,9 @@ def train(
             ),
             observations,
         )
-        last = step == config.train.steps
         stopping = asked and not last
-        validates = due(step, config.validation.interval)
-        saves = due(step, config.checkpoint.interval) or stopping or last
-        reports = validates or saves or due(step, config.logging.interval)
-        if reports or not pending.reported:  # a run shows its first step at once
+        saves = saves or stopping
+        if reports or stopping:
             rows = pending.rows(trainer.model, config, trainer.ranks)
             rows[-1] |= _validate(trainer, data) if validates else {}
             _write(reporter, rows)

@@ -33,12 +33,14 @@ class Observations:
     """What the micro-batches of one step leave behind on one rank.
 
     Attributes:
+        has_norms: whether the states' norms were observed, on every rank alike.
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         scans: per micro-batch, a record of every scan that was waited for.
         sample_ids: numbers of the rows read, in reading order.
     """
 
+    has_norms: bool = False
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
     pairs: int = 0
     scans: list[list[ScanRecord]] = field(default_factory=list)
@@ -78,14 +80,30 @@ class LossSum:
 class ForwardStep:
     """Megatron's ``forward_step_func`` for one configuration."""
 
-    def __init__(self, config: Config, ranks: Ranks, *, scan: ScanSettings, mode: TTTMode) -> None:
-        """``mode`` may switch the fast weights of a model that has them off for this step."""
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        *,
+        scan: ScanSettings,
+        mode: TTTMode,
+        wants_norms: bool = False,
+    ) -> None:
+        """Prepare a step.
+
+        Args:
+            config, ranks: of the run.
+            scan: how states travel.
+            mode: may switch the fast weights of a model that has them off for this step.
+            wants_norms: whether the states' norms are observed.
+        """
         self.config = config
         self.ranks = ranks
         self.scan = scan
         fast = bool(ttt_layers(config)) and mode is TTTMode.in_place
         self.chunk_size = config.ttt.chunk_size if fast else None
-        self.observations = Observations()
+        self.wants_norms = fast and wants_norms
+        self.observations = Observations(has_norms=self.wants_norms)
 
     def __call__(
         self, data: Iterator[Batch], model: Any
@@ -128,6 +146,7 @@ class ForwardStep:
             reset_fast_weights=data.reset_fast_weights,
             scan=self.scan,
             device=self.ranks.device,
+            wants_norms=self.wants_norms,
         )
 
 

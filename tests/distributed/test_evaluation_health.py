@@ -171,6 +171,7 @@ def states_of(
             subject.ranks,
             scan=scan_settings(config.parallel, subject.ranks.scan_group),
             mode=TTTMode.in_place,
+            wants_norms=True,
         )
         step(iter([batch]), subject.model)
         return [

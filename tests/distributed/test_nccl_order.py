@@ -195,11 +195,11 @@ def phases(
     """Name what is going on, keep the losses, and let each step scan by another algorithm."""
     whole_step = trainer.train_step
 
-    def train_step(data: Any) -> Any:
+    def train_step(data: Any, **options: Any) -> Any:
         # each step scans by another one
         trainer.scan = replace(trainer.scan, algorithm=ALGORITHMS[len(losses)])
         with record.during("step"):
-            return whole_step(data)
+            return whole_step(data, **options)
 
     def keep_losses(_: object, rows: list[Row]) -> None:
         losses.extend(row["loss"] for row in rows)
@@ -368,8 +368,8 @@ def another_order(trainer: Trainer) -> Iterator[None]:
     if groups[0].rank() == groups[1].rank():
         groups.reverse()
 
-    def train_step(data: Any) -> Any:
-        outcome = whole_step(data)
+    def train_step(data: Any, **options: Any) -> Any:
+        outcome = whole_step(data, **options)
         flights = [dist.all_reduce(torch.ones(3), group=group, async_op=True) for group in groups]
         for flight in flights:
             flight.wait()
@@ -394,8 +394,8 @@ def crossed_messages(trainer: Trainer) -> Iterator[None]:
     """
     group, whole_step = trainer.ranks.groups.tp, trainer.train_step
 
-    def train_step(data: Any) -> Any:
-        outcome = whole_step(data)
+    def train_step(data: Any, **options: Any) -> Any:
+        outcome = whole_step(data, **options)
         post, order = (dist.isend, (1, 2)) if group.rank() == 0 else (dist.irecv, (2, 1))
         for work in [post(torch.ones(tag), 1 - group.rank(), group, tag) for tag in order]:
             work.wait()

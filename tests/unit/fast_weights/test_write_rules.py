@@ -105,7 +105,9 @@ def test_the_bound_holds_for_any_text(case: Case) -> None:
         targets,
         WriteCall(rule, plan, tensors["weight"], {}),
     )
-    output = fast_weight_scan(tensors["keys"], chunk, tensors["weight"], plan=plan, eta=eta)
+    output = fast_weight_scan(
+        tensors["keys"], chunk, tensors["weight"], plan=plan, eta=eta, wants_norms=True
+    )
     limit = bound * tensors["weight"].norm() * (1 + 1e-9)
     assert eta * output.state_squares_BN.sqrt().max() <= limit
     assert eta * output.state_BDF.flatten(1).norm(dim=1).max() <= limit
