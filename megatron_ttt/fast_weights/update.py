@@ -21,7 +21,8 @@ from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.exchange import CarryExchange
 from megatron_ttt.fast_weights.groups import group_size
 from megatron_ttt.fast_weights.scale import ReduceSums
-from megatron_ttt.fast_weights.sweeps import FastWeightScan, ScanCall
+from megatron_ttt.fast_weights.scan_call import ScanCall
+from megatron_ttt.fast_weights.sweeps import FastWeightScan
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write, WriteCall, plain
 from megatron_ttt.rule import UpdateRule
 

@@ -20,6 +20,7 @@ MODULES = (
     "fast_weights.groups",
     "fast_weights.inside",
     "fast_weights.scale",
+    "fast_weights.scan_call",
     "fast_weights.sweeps",
     "fast_weights.target",
     "fast_weights.update",
