@@ -101,8 +101,24 @@ class Terminal:
             f"{row['tokens_per_second']:,.0f} tokens/s",
         ]
         if ratios:
-            parts.append(f"update ratio {max(ratios):.3f}")
-        return "  ".join([*parts, f"left {int(seconds) // 60}:{int(seconds) % 60:02d}"])
+            parts.append(f"update ratio {_ratio(max(ratios))}")
+        return "  ".join([*parts, f"left {_duration(seconds)}"])
+
+
+def _ratio(value: float) -> str:
+    """Return three decimals, or two digits where these would be lost."""
+    return f"{value:.3f}" if value == 0 or value >= 0.01 else f"{value:.1e}"
+
+
+def _duration(seconds: float) -> str:
+    """Return ``m:ss``, ``h:mm:ss`` from an hour on, with days in front from a day on."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if not days and not hours:
+        return f"{minutes}:{rest:02d}"
+    clock = f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{days} d {clock}" if days else clock
 
 
 def _validation_line(row: Row) -> str:
