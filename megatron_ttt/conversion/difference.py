@@ -8,10 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, FORMAT, MegatronFolder, row_blocks
+from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.config.schema import TTTMode
-from megatron_ttt.conversion.hf_folder import CONFIG, HFFolder
+from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.manifest import described_model
+from megatron_ttt.conversion.opened import holds_hugging_face
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator
 
@@ -145,6 +146,4 @@ def _open_both(first: Path, second: Path) -> tuple[Tensors, Tensors]:
 
 
 def _open(path: Path) -> HFFolder | MegatronFolder:
-    if (path / FORMAT).is_file() and not (path / CONFIG).is_file():
-        return MegatronFolder(path)
-    return HFFolder(path)
+    return HFFolder(path) if holds_hugging_face(path) else MegatronFolder(path)

@@ -132,7 +132,8 @@ def fast_weight_scan(
             product and a pass over the state for every chunk.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or several spans without an exchange.
+        ValueError: shapes or dtypes that do not fit, several spans without an exchange, or groups
+            of several chunks with decay or factors.
     """
     _check_inputs(keys_BTF, write, weight_DF, carry_BDF, plan)
     if exchange is None and spans != 1:
@@ -141,6 +142,8 @@ def fast_weight_scan(
         raise ValueError(
             f"{plan.length} tokens are not {spans} equal spans of whole chunks of {plan.chunk_size}"
         )
+    if (group_chunks or 1) > 1 and (plan.decays or write.factors_BN is not None):
+        raise ValueError(f"groups of {group_chunks} chunks know neither decay nor factors: 1")
     outputs_BTD, state_BDF, squares_BN = FastWeightScan.apply(
         keys_BTF,
         write.targets_BTD,

@@ -195,9 +195,13 @@ def _load_weights(
     folder = Path(place)
 
     def known_files() -> list[bool]:
-        return [(folder / name).is_file() for name in (MANIFEST, "metadata.json")]
+        names = (MANIFEST, "metadata.json", "config.json")
+        return [(folder / name).is_file() for name in names]
 
-    has_manifest, is_megatron = on_first_rank(ranks, known_files)
+    has_manifest, is_megatron, is_exported = on_first_rank(ranks, known_files)
+    if is_exported and not is_megatron:
+        message = f"is a Hugging Face model: write checkpoint.load={HF_SCHEME}{place}"
+        raise _fault("checkpoint.load", place, message)
     if not is_megatron:
         raise _fault("checkpoint.load", place, "is not a Megatron checkpoint")
     try:

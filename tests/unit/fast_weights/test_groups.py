@@ -114,3 +114,17 @@ def test_groups_are_equal_to_chunks(
     for name, wanted in once.items():
         torch.testing.assert_close(grouped[name], wanted, rtol=1e-11, atol=1e-11, msg=name)
     assert once["norms"].max() > 1
+
+
+def test_groups_with_decay_or_factors_are_refused() -> None:
+    """Their products know neither; the size by default is one chunk there."""
+    decaying = plan_chunks(None, batch=1, length=16, chunk_size=C, decay=0.9, device="cpu")
+    keys, targets, weight = torch.ones(1, 16, 3), torch.ones(1, 16, 2), torch.ones(2, 3)
+    factors = torch.full((1, 4), 0.5)
+    for plan, write in (
+        (decaying, Write(targets)),
+        (plan_of([[0]], 16), Write(targets, None, factors)),
+    ):
+        with pytest.raises(ValueError, match="groups of 2 chunks know neither decay nor factors"):
+            fast_weight_scan(keys, write, weight, plan=plan, eta=0.1, group_chunks=2)
+        fast_weight_scan(keys, write, weight, plan=plan, eta=0.1)
