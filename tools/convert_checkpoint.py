@@ -229,14 +229,14 @@ def _verifier(
         quiet_libraries()
         import megatron_ttt.hf  # noqa: F401 (registers the classes with fast weights)
         from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
-        from megatron_ttt.config.schema import Config
+        from megatron_ttt.config.schema import ComputeConfig
         from megatron_ttt.conversion.hf_folder import HFFolder
         from megatron_ttt.conversion.verification import compare_models, verify
         from megatron_ttt.training.distributed import distributed
 
         written = (MegatronFolder if (path / "metadata.json").exists() else HFFolder)(path)
         hf, megatron = sides(written)
-        with distributed(Config()) as ranks:
+        with distributed(ComputeConfig()) as ranks:
             verify(
                 compare_models(hf, megatron, model, ttt, ranks.groups),
                 lambda stage: print(f"{stage.stage:<12} {stage.error:.1e}", flush=True),

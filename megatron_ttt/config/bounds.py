@@ -100,6 +100,7 @@ TRAINING_BOUNDS: Mapping[str, Bound] = {
     "train.steps": COUNT,
     "train.seed": SEED,
     "train.seq_length": COUNT,
+    "train.loss_tokens": COUNT,
     "train.micro_batch_size": COUNT,
     "train.global_batch_size": COUNT,
     "checkpoint.interval": COUNT,

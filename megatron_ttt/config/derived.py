@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_ttt.config.schema import (
     AttentionBackend,
+    ComputeConfig,
     Config,
     ModelConfig,
     ParallelConfig,
@@ -30,7 +31,7 @@ class Resolution:
     reason: str
 
 
-def ttt_layers(config: Config) -> list[int]:
+def ttt_layers(config: ComputeConfig) -> list[int]:
     """Layers (from 0, ascending) whose down projection is a fast weight; empty for ``ttt=off``."""
     if config.ttt.mode is TTTMode.off:
         return []
@@ -39,7 +40,7 @@ def ttt_layers(config: Config) -> list[int]:
     return sorted(config.ttt.layers)
 
 
-def reads_input_embeddings(config: Config) -> bool:
+def reads_input_embeddings(config: ComputeConfig) -> bool:
     """Whether the target generator needs the input embeddings."""
     return bool(ttt_layers(config)) and config.ttt.target is TargetSource.input_embeddings
 
@@ -56,7 +57,7 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return parallel.tp * parallel.cp * parallel.pp
 
 
-def data_parallel_size(config: Config, world_size: int) -> int:
+def data_parallel_size(config: ComputeConfig, world_size: int) -> int:
     """Return copies of the model, that is micro-batches processed at the same time."""
     return world_size // model_parallel_size(config.parallel)
 
@@ -95,7 +96,7 @@ def scan_timeout_s(parallel: ParallelConfig) -> float:
     return 0.9 * parallel.timeout_s
 
 
-def cp_tile(config: Config) -> int:
+def cp_tile(config: ComputeConfig) -> int:
     """Return the sequence length must be a multiple of this.
 
     A context-parallel rank holds two spans (zigzag) or one (contiguous), every span holds whole
@@ -119,7 +120,7 @@ def resolve_precision(precision: Precision, *, cuda: bool) -> Precision:
     return precision
 
 
-def transformer_engine_limit(config: Config) -> str | None:
+def transformer_engine_limit(config: ComputeConfig) -> str | None:
     """Why Transformer Engine's attention cannot compute this configuration, or ``None``."""
     if config.parallel.cp == 1:
         if config.data.reset_attention:
@@ -143,7 +144,7 @@ def transformer_engine_limit(config: Config) -> str | None:
     return None
 
 
-def resolve_attention(config: Config, *, cuda: bool, transformer_engine: bool) -> Resolution:
+def resolve_attention(config: ComputeConfig, *, cuda: bool, transformer_engine: bool) -> Resolution:
     """Return the attention backend of a run, and why.
 
     Args:

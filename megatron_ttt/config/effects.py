@@ -248,6 +248,7 @@ TRAINING_EFFECTS: Effects = {
     "train.global_batch_size": ALWAYS,
     "train.precision": ALWAYS,
     "train.recompute": ALWAYS,
+    "train.loss_tokens": ALWAYS,
     "train.recompute_modules": (
         Condition("train.recompute", lambda c: c.train.recompute is Recompute.selective),
     ),

@@ -13,13 +13,12 @@ from megatron_ttt.config.bounds import RULE_BOUNDS
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
-    Config,
-    DataConfig,
+    Boundaries,
+    ComputeConfig,
     ModelConfig,
     ParallelConfig,
-    RunConfig,
+    PassConfig,
     Toggle,
-    TrainConfig,
     TTTConfig,
     TTTMode,
 )
@@ -128,10 +127,10 @@ def reading_config(
     model: ModelConfig,
     ttt: TTTConfig,
     *,
-    train: TrainConfig,
-    data: DataConfig | None = None,
+    train: PassConfig,
+    data: Boundaries | None = None,
     parallel: ParallelConfig | None = None,
-) -> Config:
+) -> ComputeConfig:
     """Return what Megatron and the layouts of rows are configured from where nothing is trained.
 
     Reading needs attention on any device (torch's) and no sequence parallelism.
@@ -142,11 +141,10 @@ def reading_config(
         data: what a document boundary does.
         parallel: the ranks that read.
     """
-    return Config(
-        run=RunConfig(name=model.name, dir="unused", resume="never"),
+    return ComputeConfig(
         model=replace(model, attention=AttentionBackend.torch),
         ttt=ttt,
-        data=data or DataConfig(path="unused"),
+        data=data or Boundaries(),
         parallel=replace(parallel or ParallelConfig(), sequence_parallel=Toggle.off),
         train=train,
     )

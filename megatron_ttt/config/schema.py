@@ -179,17 +179,23 @@ class TokenizerConfig:
 
 
 @dataclass
-class DataConfig:
+class Boundaries:
+    """What the boundary between two documents of a row does: keys ``data.*``."""
+
+    reset_attention: bool = True  # attention does not cross document boundaries
+    reset_positions: bool = False  # positions restart at each document
+    reset_fast_weights: bool = True  # fast weights return to W0 at each document
+    mask_document_end: bool = False  # do not count the loss of predicting across a boundary
+
+
+@dataclass
+class DataConfig(Boundaries):
     source: DataSource = DataSource.files
     path: Any = None  # prefix, list of prefixes, or {prefix: weight} of .bin/.idx pairs
     split: str = "99,1,0"  # train, validation, test shares of the documents
     cache_dir: str | None = None  # built indices and generated corpora; null: outputs/cache
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     changed: ChangedData = ChangedData.refuse  # a resume on other data than the checkpoint's
-    reset_attention: bool = True  # attention does not cross document boundaries
-    reset_positions: bool = False  # positions restart at each document
-    reset_fast_weights: bool = True  # fast weights return to W0 at each document
-    mask_document_end: bool = False  # do not count the loss of predicting across a boundary
     workers: int = 2
 
 
@@ -227,15 +233,22 @@ class OptimizerConfig:
 
 
 @dataclass
-class TrainConfig:
-    steps: int = 1000
+class PassConfig:
+    """How rows go through a model, trained or not: keys ``train.*``."""
+
     seed: int = 1234
     seq_length: int = 4096
     micro_batch_size: int = 1
-    global_batch_size: int = 8
     precision: Precision = Precision.auto
     recompute: Recompute = Recompute.none
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    loss_tokens: int | None = None  # tokens that have logits at a time; null: a whole micro-batch
+
+
+@dataclass
+class TrainConfig(PassConfig):
+    steps: int = 1000
+    global_batch_size: int = 8
 
 
 @dataclass
@@ -277,14 +290,24 @@ class RunConfig:
 
 
 @dataclass
-class Config:
-    run: RunConfig = field(default_factory=RunConfig)
+class ComputeConfig:
+    """What a model computes and on which ranks, whether it is trained or only read."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     ttt: TTTConfig = field(default_factory=TTTConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Boundaries = field(default_factory=Boundaries)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: PassConfig = field(default_factory=PassConfig)
+
+
+@dataclass
+class Config(ComputeConfig):
+    """A run of training: what is computed, on what, and what becomes of it."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

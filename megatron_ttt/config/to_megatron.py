@@ -14,13 +14,16 @@ from megatron_ttt.config import derived
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
+    ComputeConfig,
     Config,
+    ParallelConfig,
+    PassConfig,
     Precision,
     Recompute,
 )
 
 
-def compute_dtype(config: Config, *, device_is_cuda: bool | None = None) -> torch.dtype:
+def compute_dtype(config: ComputeConfig, *, device_is_cuda: bool | None = None) -> torch.dtype:
     """Return the dtype of parameters and activations.
 
     Args:
@@ -48,7 +51,9 @@ def transformer_engine_present() -> bool:
     return bool(HAVE_TE)
 
 
-def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerConfig:
+def transformer_config(
+    config: ComputeConfig, *, device_is_cuda: bool, deterministic: bool = False
+) -> TransformerConfig:
     """Megatron's view of the model and of how it is spread over ranks.
 
     Megatron initialises nothing: values come from ``model/initialize.py``. Its loss is summed, not
@@ -60,6 +65,7 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
     Args:
         config: a valid configuration.
         device_is_cuda: the model will live on a GPU.
+        deterministic: Megatron takes kernels that give the same bits every time.
     """
     model, parallel = config.model, config.parallel
     dtype = compute_dtype(config, device_is_cuda=device_is_cuda)
@@ -105,7 +111,7 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         init_method=_leave_alone,
         output_layer_init_method=_leave_alone,
         use_cpu_initialization=not device_is_cuda,
-        deterministic_mode=config.run.deterministic,
+        deterministic_mode=deterministic,
         transformer_impl=(
             "transformer_engine" if backend is AttentionBackend.transformer_engine else "local"
         ),
@@ -113,7 +119,7 @@ def transformer_config(config: Config, *, device_is_cuda: bool) -> TransformerCo
         bias_activation_fusion=device_is_cuda,
         bias_dropout_fusion=device_is_cuda,
         gradient_accumulation_fusion=device_is_cuda and _has_apex_accumulation(),
-        **_recompute_arguments(config),
+        **_recompute_arguments(config.train),
     )
 
 
@@ -146,9 +152,8 @@ def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> O
     )
 
 
-def ddp_config(config: Config) -> DistributedDataParallelConfig:
+def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
     """Gradients are summed in fp32 and never averaged: the loss is divided by the step's tokens."""
-    parallel = config.parallel
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         average_in_collective=False,
@@ -159,8 +164,7 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
     )
 
 
-def _recompute_arguments(config: Config) -> dict[str, object]:
-    train = config.train
+def _recompute_arguments(train: PassConfig) -> dict[str, object]:
     if train.recompute is Recompute.none:
         return {}
     if train.recompute is Recompute.full:

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_ttt.config import derived
 from megatron_ttt.config.bounds import (
@@ -18,6 +18,7 @@ from megatron_ttt.config.bounds import (
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
+    ComputeConfig,
     Config,
     DataSource,
     Precision,
@@ -50,14 +51,38 @@ def validate(
         cuda: every process has a GPU.
         transformer_engine: the package ``transformer_engine`` is installed.
     """
+
+    def between(config: Config) -> Iterator[Fault]:
+        for check in (_optimizer_faults, _train_faults, _run_faults, _data_faults):
+            yield from check(config)
+        yield from _batch_faults(config, world_size)
+
+    return _all_faults(config, world_size, cuda, transformer_engine, between)
+
+
+def compute_faults(config: ComputeConfig, world_size: int, *, cuda: bool) -> list[Fault]:
+    """Every fault of what is computed where nothing is trained; else as :func:`validate`."""
+    return _all_faults(config, world_size, cuda, False, lambda config: iter(()))
+
+
+_Config = TypeVar("_Config", bound=ComputeConfig)
+
+
+def _all_faults(
+    config: _Config,
+    world_size: int,
+    cuda: bool,
+    transformer_engine: bool,
+    others: Callable[[_Config], Iterator[Fault]],
+) -> list[Fault]:
     faults = _once(bound_faults(config, TRAINING_BOUNDS))
     wrong = {fault.key for fault in faults}
     if any(isinstance(fault.value, int) for fault in faults):
         return faults  # the checks below divide by some of these counts and go through others
-    others = [fault for check in _CHECKS for fault in check(config)]
-    others += _world_faults(config, world_size)
-    others += _device_faults(config, cuda=cuda, transformer_engine=transformer_engine)
-    faults += [fault for fault in others if fault.key not in wrong]
+    found = [fault for check in _COMPUTE_CHECKS for fault in check(config)]
+    found += _world_faults(config, world_size)
+    found += _device_faults(config, cuda=cuda, transformer_engine=transformer_engine)
+    faults += [fault for fault in [*found, *others(config)] if fault.key not in wrong]
     order = [key for key, _ in flat_values(config)]  # what is of no single key comes last
     return sorted(faults, key=lambda f: order.index(f.key) if f.key in order else len(order))
 
@@ -69,7 +94,7 @@ def _once(faults: list[Fault]) -> list[Fault]:
     return [fault for fault in faults if not follows.get(fault.key, set()) & keys]
 
 
-def _model_faults(config: Config) -> Iterator[Fault]:
+def _model_faults(config: ComputeConfig) -> Iterator[Fault]:
     model, rope = config.model, config.model.rope
     if model.kv_groups >= 1 and model.heads % model.kv_groups:
         yield Fault(
@@ -100,7 +125,7 @@ def _model_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _ttt_faults(config: Config) -> Iterator[Fault]:
+def _ttt_faults(config: ComputeConfig) -> Iterator[Fault]:
     ttt, layers = config.ttt, config.model.layers
     if ttt.layers is not None:
         beyond = [layer for layer in ttt.layers if not 0 <= layer < layers]
@@ -121,7 +146,7 @@ def _ttt_faults(config: Config) -> Iterator[Fault]:
         )
 
 
-def _shard_faults(config: Config) -> Iterator[Fault]:
+def _shard_faults(config: ComputeConfig) -> Iterator[Fault]:
     """Yield what tensor and pipeline parallelism must divide."""
     model, tp, pp = config.model, config.parallel.tp, config.parallel.pp
     shards = {
@@ -157,7 +182,7 @@ def _common_divisors(numbers: list[int]) -> list[int]:
     return [d for d in range(1, smallest + 1) if all(number % d == 0 for number in numbers)]
 
 
-def _sequence_faults(config: Config) -> Iterator[Fault]:
+def _sequence_faults(config: ComputeConfig) -> Iterator[Fault]:
     """Chunks and ranks must tile the sequence; the nearest lengths that they do tile are named."""
     length, parallel = config.train.seq_length, config.parallel
     if min(length, parallel.cp, parallel.tp, config.ttt.chunk_size) < 1:
@@ -335,22 +360,22 @@ def _path_faults(path: Any) -> Iterator[Fault]:
             break
 
 
-def _world_faults(config: Config, world_size: int) -> list[Fault]:
-    """Return what depends on the number of processes."""
+def _world_faults(config: ComputeConfig, world_size: int) -> Iterator[Fault]:
+    """Yield what the number of processes does not fit."""
+    parallel = config.parallel
+    size = derived.model_parallel_size(parallel)
+    if size >= 1 and world_size % size:
+        product = f"parallel.tp={parallel.tp} * cp={parallel.cp} * pp={parallel.pp} = {size}"
+        message = f"{product} does not divide it; start {_nearest(world_size, size)} processes"
+        yield Fault("world_size", world_size, message)
+
+
+def _batch_faults(config: Config, world_size: int) -> Iterator[Fault]:
+    """Yield a global batch that the data-parallel ranks cannot share."""
     parallel, train = config.parallel, config.train
     sizes = (parallel.tp, parallel.cp, parallel.pp, train.micro_batch_size, train.global_batch_size)
-    if min(sizes) < 1:
-        return []
-    size = derived.model_parallel_size(parallel)
-    if world_size % size:
-        product = f"parallel.tp={parallel.tp} * cp={parallel.cp} * pp={parallel.pp} = {size}"
-        return [
-            Fault(
-                "world_size",
-                world_size,
-                f"{product} does not divide it; start {_nearest(world_size, size)} processes",
-            )
-        ]
+    if min(sizes) < 1 or world_size % derived.model_parallel_size(parallel):
+        return
     rows = train.micro_batch_size * derived.data_parallel_size(config, world_size)
     if train.global_batch_size % rows:
         message = (
@@ -358,11 +383,12 @@ def _world_faults(config: Config, world_size: int) -> list[Fault]:
             f" {rows // train.micro_batch_size} data-parallel ranks; nearest valid:"
             f" {_nearest(train.global_batch_size, rows)}"
         )
-        return [Fault("train.global_batch_size", train.global_batch_size, message)]
-    return []
+        yield Fault("train.global_batch_size", train.global_batch_size, message)
 
 
-def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> Iterator[Fault]:
+def _device_faults(
+    config: ComputeConfig, *, cuda: bool, transformer_engine: bool
+) -> Iterator[Fault]:
     """Yield what depends on the machine."""
     train = config.train
     recomputed = train.recompute_modules if train.recompute is Recompute.selective else []
@@ -393,13 +419,9 @@ def _device_faults(config: Config, *, cuda: bool, transformer_engine: bool) -> I
         yield Fault("model.attention", backend, f"{limit}; use auto or torch")
 
 
-_CHECKS: tuple[Callable[[Config], Iterator[Fault]], ...] = (
+_COMPUTE_CHECKS: tuple[Callable[[ComputeConfig], Iterator[Fault]], ...] = (
     _model_faults,
     _ttt_faults,
     _shard_faults,
     _sequence_faults,
-    _optimizer_faults,
-    _train_faults,
-    _run_faults,
-    _data_faults,
 )

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import ComputeConfig
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import has_rule, target_generator, ttt_from_hf
-from megatron_ttt.model.initialize import global_parameters, sharded_dim
+from megatron_ttt.model.initialize import global_parameters
+from megatron_ttt.model.shards import Shard, shard_of
 
 # Checkpoints name these norms as if they were fused into the linear layer behind them.
 _NORMS = {
@@ -26,7 +27,7 @@ _NORMS = {
 def load_hf_weights(
     folder: Path,
     model: torch.nn.Module,
-    config: Config,
+    config: ComputeConfig,
     *,
     tp_rank: int,
     tp_size: int,
@@ -41,7 +42,7 @@ def load_hf_weights(
     Args:
         folder: with ``config.json`` and safetensors.
         model: this rank's pipeline stage.
-        config: the run; its model must be the checkpoint's.
+        config: what is computed; its model must be the checkpoint's.
         tp_rank, tp_size: this rank's slice.
         given: dotted keys that the user gave; ``None``: another update rule is read on purpose.
         report: told of differences that the user chose.
@@ -76,12 +77,12 @@ def load_hf_weights(
     view = MegatronView(source, target=target, seed=config.train.seed)
     for name, parameter in global_parameters(model):
         key = checkpoint_key(name)
-        axis = sharded_dim(parameter)
-        parameter.copy_(_slice(view, key, parameter, axis, tp_rank, tp_size))
+        shard = shard_of(name, parameter, tp_rank=tp_rank, tp_size=tp_size)
+        parameter.copy_(_read(view, key, parameter, shard))
     return sorted(view.drawn)
 
 
-def _said(source: HFFolder, config: Config, given: Collection[str] | None) -> dict[str, Any]:
+def _said(source: HFFolder, config: ComputeConfig, given: Collection[str] | None) -> dict[str, Any]:
     """Chunk and eta that the user gave, for fast weights that their file leaves undescribed."""
     if has_rule(source.config):
         return {}
@@ -99,28 +100,20 @@ def checkpoint_key(name: str) -> str:
     return name
 
 
-def _slice(
-    view: MegatronView, key: str, local: Tensor, axis: int | None, tp_rank: int, tp_size: int
-) -> Tensor:
-    """Return this rank's part of a whole tensor, in the shape of ``local``."""
+def _read(view: MegatronView, key: str, local: Tensor, shard: Shard) -> Tensor:
+    """Return a rank's part of a whole tensor, of which no more than that is read."""
     tensor = view.tensor(key)
-    if axis is None:
-        return view.rows(tensor, 0, tensor.shape[0])
-    if axis == 1:
-        width = local.shape[1]
-        return view.rows(tensor, 0, tensor.shape[0], (tp_rank * width, (tp_rank + 1) * width))
-    assert axis == 0, f"{key} is split along dim {axis}"
-    if key.endswith("linear_fc1.weight"):  # each rank holds its rows of gate, then of up
-        half = local.shape[0] // 2
-        up = tensor.shape[0] // 2
-        starts = [tp_rank * half, up + tp_rank * half]
-        return torch.cat([view.rows(tensor, start, start + half) for start in starts])
-    count = local.shape[0]
-    start = tp_rank * count
-    stop = min(start + count, tensor.shape[0])
-    if start < stop == start + count:
-        return view.rows(tensor, start, stop)
-    padded = torch.zeros(local.shape, dtype=view.dtype(tensor))  # rows that pad the vocabulary
-    if start < stop:
-        padded[: stop - start] = view.rows(tensor, start, stop)
-    return padded
+    rows = tensor.shape[0]
+    if shard.axis is None:
+        return view.rows(tensor, 0, rows)
+    if shard.axis == 1:
+        (columns,) = shard.ranges
+        return view.rows(tensor, 0, rows, columns)
+    assert shard.axis == 0, f"{key} is split along dim {shard.axis}"
+    # What lies beyond the checkpoint's rows pads the vocabulary.
+    there = [(min(start, rows), min(end, rows)) for start, end in shard.ranges]
+    parts = [view.rows(tensor, start, end) for start, end in there if start < end]
+    padding = len(local) - sum(len(part) for part in parts)
+    if padding:
+        parts.append(torch.zeros(padding, *local.shape[1:], dtype=view.dtype(tensor)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -22,10 +22,10 @@ from torch import Tensor
 from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, MegatronFolder, row_blocks
 from megatron_ttt.config.reading import reading_config
 from megatron_ttt.config.schema import (
-    DataConfig,
+    Boundaries,
     ModelConfig,
+    PassConfig,
     Precision,
-    TrainConfig,
     TTTConfig,
     TTTMode,
 )
@@ -163,8 +163,8 @@ class _MegatronLayers:
         config = reading_config(
             replace(self.model, layers=1, vocab_size=_UNUSED),
             replace(self.ttt, mode=mode, layers=[0] if fast else None, chunk_size=CHUNK),
-            data=DataConfig(path="unused", reset_attention=False),
-            train=TrainConfig(seq_length=LENGTH, micro_batch_size=ROWS, precision=Precision.fp32),
+            data=Boundaries(reset_attention=False),
+            train=PassConfig(seq_length=LENGTH, micro_batch_size=ROWS, precision=Precision.fp32),
         )
         transformer = transformer_config(config, device_is_cuda=False)
         return build_model(config, transformer, self.groups).eval()

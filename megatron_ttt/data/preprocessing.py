@@ -46,6 +46,7 @@ from megatron_ttt.data.shards import (
     write_shard,
 )
 from megatron_ttt.data.tokenizers import load_tokenizer
+from megatron_ttt.files import sync_folder
 
 MANIFEST_VERSION = 1
 _EXAMPLES_SHOWN = 5
@@ -367,6 +368,7 @@ def _publish(
     bin_path(merged).replace(bin_path(options.output))
     sidecar_path(merged).replace(sidecar_path(options.output))
     idx_path(merged).replace(idx_path(options.output))
+    sync_folder(bin_path(options.output).parent)
     # the manifest goes first: a folder without one is rubbish, whatever else is still in it
     (folder / "manifest.json").unlink()
     shutil.rmtree(folder)

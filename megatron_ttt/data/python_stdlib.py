@@ -20,6 +20,7 @@ import numpy as np
 from megatron_ttt.data.checks import IndexedDatasetError, check_indexed_dataset
 from megatron_ttt.data.indexed import IndexedWriter, Sidecar, sidecar_path, token_dtype
 from megatron_ttt.data.tokenizers import ByteTokenizer
+from megatron_ttt.files import show_folder
 
 SHUFFLE_SEED = 20240406
 _FOREIGN_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
@@ -124,7 +125,7 @@ def _build(root: Path, files: list[Path], folder: Path) -> None:
     ).write(sidecar_path(beside / "corpus"))
     shutil.rmtree(folder, ignore_errors=True)  # only a damaged one can be there
     try:
-        beside.rename(folder)
+        show_folder(beside, folder)
     except OSError:
         # another run built the same corpus meanwhile; the caller checks what is there
         shutil.rmtree(beside)

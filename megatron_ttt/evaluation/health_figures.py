@@ -27,7 +27,8 @@ from megatron_ttt.evaluation.health_probe import FIGURES, StateProbe, chosen_pla
 from megatron_ttt.evaluation.losses import forward_step
 from megatron_ttt.evaluation.subject import Subject
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
-from megatron_ttt.model.initialize import global_parameters, sharded_dim
+from megatron_ttt.model.initialize import global_parameters
+from megatron_ttt.model.shards import sharded_dim
 from megatron_ttt.training.step import LossSum, run_micro_batches
 
 
@@ -140,7 +141,7 @@ def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum,
     model, config, groups = subject.model, subject.config, subject.ranks.groups
     # Whole gradients on every rank, not a shard for an optimizer.
     parallel = replace(config.parallel, distributed_optimizer=False)
-    settings = ddp_config(replace(config, parallel=parallel))
+    settings = ddp_config(parallel)
     wrapped = DistributedDataParallel(model.config, settings, model, pg_collection=groups)
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped.zero_grad_buffer()

@@ -11,18 +11,17 @@ import torch
 
 from megatron_ttt.config.derived import cp_tile
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.launcher import launched
 from megatron_ttt.config.reading import fitting_rule, modes, reading_config
 from megatron_ttt.config.schema import (
     Bos,
-    Config,
-    DataConfig,
+    Boundaries,
+    ComputeConfig,
     ParallelConfig,
-    TrainConfig,
+    PassConfig,
     TTTMode,
 )
 from megatron_ttt.config.to_megatron import compute_dtype
-from megatron_ttt.config.validate import validate
+from megatron_ttt.config.validate import compute_faults
 from megatron_ttt.conversion.opened import Checkpoint
 from megatron_ttt.data.tokenizers import Tokenizer
 from megatron_ttt.evaluation.schema import EvaluationConfig
@@ -35,15 +34,14 @@ from megatron_ttt.training.distributed import Ranks, distributed
 
 
 def evaluation_reading(
-    source: Checkpoint, config: EvaluationConfig, *, length: int, world_size: int
-) -> Config:
+    source: Checkpoint, config: EvaluationConfig, *, length: int
+) -> ComputeConfig:
     """Return the configuration under which a checkpoint is evaluated.
 
     Args:
         source: the checkpoint; the update rule is its own, changed by ``config.ttt``.
         config: the evaluation.
         length: tokens of the longest row.
-        world_size: ranks of the job.
 
     Raises:
         ConfigError: a changed rule that does not fit the checkpoint.
@@ -53,7 +51,7 @@ def evaluation_reading(
     return reading_config(
         source.model,
         fitting_rule(source.ttt, config.ttt),
-        data=DataConfig(path="unused", **{flag: known[flag] for flag in flags if flag in known}),
+        data=Boundaries(**{flag: known[flag] for flag in flags if flag in known}),
         parallel=ParallelConfig(
             tp=ranks.tp,
             cp=ranks.cp,
@@ -61,12 +59,7 @@ def evaluation_reading(
             scan=ranks.scan,
             timeout_s=ranks.timeout_s,
         ),
-        train=TrainConfig(
-            seq_length=length,
-            global_batch_size=max(1, world_size // (ranks.tp * ranks.cp)),
-            precision=config.precision,
-            seed=config.seed,
-        ),
+        train=PassConfig(seq_length=length, precision=config.precision, seed=config.seed),
     )
 
 
@@ -92,7 +85,7 @@ def check_reading(
     Raises:
         ConfigError: one fault per mistake.
     """
-    checked = evaluation_reading(source, config, length=length, world_size=world_size)
+    checked = evaluation_reading(source, config, length=length)
     if length > source.model.max_positions and not config.beyond_positions:
         message = (
             f"{source.name} has {source.model.max_positions} positions;"
@@ -104,7 +97,7 @@ def check_reading(
         checked.train.seq_length = -(-length // tile) * tile
     positions = max(checked.train.seq_length, checked.model.max_positions)
     checked = replace(checked, model=replace(checked.model, max_positions=positions))
-    faults = validate(checked, world_size, cuda=torch.cuda.is_available())
+    faults = compute_faults(checked, world_size, cuda=torch.cuda.is_available())
     if faults:
         renamed = [replace(f, key=key) if f.key == "train.seq_length" else f for f in faults]
         raise ConfigError(renamed)
@@ -125,7 +118,7 @@ class Subject:
     """
 
     source: Checkpoint
-    config: Config
+    config: ComputeConfig
     ranks: Ranks
     model: Any
     modes: list[TTTMode]
@@ -169,7 +162,7 @@ def open_subject(source: Checkpoint, config: EvaluationConfig, *, length: int) -
     Raises:
         ConfigError: the folder cannot be loaded, or its tokenizer cannot.
     """
-    reading = evaluation_reading(source, config, length=length, world_size=launched().world_size)
+    reading = evaluation_reading(source, config, length=length)
     tokenizer = _tokenizer(source, config.data.tokenizer, config.data.bos)
     served = config.through is Through.transformers
     with (_served if served else loaded)(source, reading) as (model, ranks):
@@ -186,7 +179,7 @@ def open_subject(source: Checkpoint, config: EvaluationConfig, *, length: int) -
 
 
 @contextmanager
-def _served(source: Checkpoint, config: Config) -> Iterator[tuple[Any, Ranks]]:
+def _served(source: Checkpoint, config: ComputeConfig) -> Iterator[tuple[Any, Ranks]]:
     """Load an exported model through the classes that serve it.
 
     Raises:

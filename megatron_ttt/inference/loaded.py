@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import ComputeConfig
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.conversion.loading import load_hf_weights
 from megatron_ttt.conversion.opened import Checkpoint
@@ -19,7 +19,9 @@ from megatron_ttt.training.distributed import Ranks, distributed
 
 
 @contextmanager
-def loaded(checkpoint: Checkpoint, config: Config) -> Iterator[tuple[InPlaceTTTModel, Ranks]]:
+def loaded(
+    checkpoint: Checkpoint, config: ComputeConfig
+) -> Iterator[tuple[InPlaceTTTModel, Ranks]]:
     """Load the weights into Megatron's model, in ``eval`` mode; every rank of the job calls it.
 
     Args:

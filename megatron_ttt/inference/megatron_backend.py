@@ -11,9 +11,9 @@ from typing import Any
 from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.reading import ReadingMode, ReadingRule, fitting_rule, reading_config
 from megatron_ttt.config.schema import (
-    Config,
+    ComputeConfig,
     ParallelConfig,
-    TrainConfig,
+    PassConfig,
     TTTMode,
 )
 from megatron_ttt.conversion.opened import open_checkpoint
@@ -66,7 +66,7 @@ def megatron_backend(
             config = reading_config(
                 checkpoint.model,
                 fitting_rule(checkpoint.ttt, rule),
-                train=TrainConfig(seq_length=checkpoint.model.max_positions),
+                train=PassConfig(seq_length=checkpoint.model.max_positions),
                 parallel=ParallelConfig(tp=tp, cp=cp),
             )
             tokenizer = checkpoint.tokenizer()
@@ -87,7 +87,7 @@ class MegatronBackend:
     def __init__(
         self,
         model: InPlaceTTTModel,
-        config: Config,
+        config: ComputeConfig,
         ranks: Ranks,
         *,
         mode: TTTMode,

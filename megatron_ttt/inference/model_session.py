@@ -28,7 +28,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
-from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.config.schema import ComputeConfig, TTTMode
 from megatron_ttt.fast_weights.write_rules import TokenInputs
 from megatron_ttt.inference.fast_weight_state import (
     ContextSpans,
@@ -77,7 +77,7 @@ class ModelSession:
     def __init__(
         self,
         model: InPlaceTTTModel,
-        config: Config,
+        config: ComputeConfig,
         groups: ProcessGroupCollection,
         *,
         scan_group: Any,

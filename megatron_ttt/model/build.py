@@ -5,14 +5,14 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ttt.config.derived import padded_vocab_size, ttt_layers
-from megatron_ttt.config.schema import AttentionBackend, Config
+from megatron_ttt.config.schema import AttentionBackend, ComputeConfig
 from megatron_ttt.model.gpt import InPlaceTTTModel
 from megatron_ttt.model.initialize import Origin, initialize, pretraining_draw
 from megatron_ttt.model.layer_specs import decoder_block_spec
 
 
 def build_model(
-    config: Config,
+    config: ComputeConfig,
     transformer: TransformerConfig,
     groups: ProcessGroupCollection,
     start: Origin = Origin.DRAWN,
@@ -20,7 +20,7 @@ def build_model(
     """Build and initialise this rank's stage.
 
     Args:
-        config: the run.
+        config: what is computed, and on which ranks.
         transformer: Megatron's view of it (``config/to_megatron.py``).
         groups: process groups; nothing is read from ``parallel_state``.
         start: whether values are drawn, or something is loaded into the model next.
@@ -42,6 +42,7 @@ def build_model(
         target=rule.target if rule is not None else None,
         padded_vocab_size=padded_vocab_size(config.model, groups.tp.size()),
         max_sequence_length=config.train.seq_length,
+        loss_tokens=config.train.loss_tokens,
         groups=groups,
     )
     if start is Origin.LOADED:

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ttt.config.schema import ModelConfig
+from megatron_ttt.model.loss_head import losses_in_pieces
 from megatron_ttt.model.rope import inverse_frequencies
 from megatron_ttt.model.sequence_layout import SequenceLayout
 from megatron_ttt.rule import TargetSource
@@ -62,6 +63,7 @@ class InPlaceTTTModel(GPTModel):
         target: TargetSource | None,
         padded_vocab_size: int,
         max_sequence_length: int,
+        loss_tokens: int | None,
         groups: ProcessGroupCollection,
     ) -> None:
         """Build this rank's pipeline stage.
@@ -73,6 +75,8 @@ class InPlaceTTTModel(GPTModel):
             target: where targets are read, ``None`` without fast weights.
             padded_vocab_size: rows of the embedding over all tensor ranks.
             max_sequence_length: longest row.
+            loss_tokens: about how many tokens have logits at a time where losses are wanted;
+                ``None``: all.
             groups: process groups.
         """
         stage = groups.pp.rank()
@@ -89,7 +93,7 @@ class InPlaceTTTModel(GPTModel):
             position_embedding_type="none",
             pg_collection=groups,
         )
-        self.target = target
+        self.target, self.loss_tokens = target, loss_tokens
         frequencies = inverse_frequencies(model.rope, model.head_dim)
         self.register_buffer("inverse_frequencies", frequencies, persistent=False)
         if self.post_process:
@@ -127,11 +131,28 @@ class InPlaceTTTModel(GPTModel):
         return (embedded, self._angles(layout), *rest)
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Megatron's, on the positions whose logits a session wants."""
+        """Megatron's, on the positions whose logits a session wants, or piece by piece."""
         layout: SequenceLayout = kwargs["packed_seq_params"]
+        labels: Tensor | None = kwargs["labels"]
+        if self.post_process and labels is not None and self.loss_tokens is not None:
+            gathers = self.config.sequence_parallel
+            return losses_in_pieces(
+                hidden_states,
+                labels,
+                self._losses,
+                tokens=self.loss_tokens,
+                gathered=self.pg_collection.tp.size() if gathers else 1,
+            )
         if layout.session is not None:
             hidden_states = layout.session.select_hidden(hidden_states)
         return super()._postprocess(hidden_states, *args, **kwargs)
+
+    def _losses(self, hidden_states: Tensor, labels: Tensor) -> Tensor:
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)
+        losses: Tensor = self.compute_language_model_loss(labels, logits)
+        return losses
 
     def _angles(self, layout: SequenceLayout) -> Tensor:
         assert layout.positions is not None

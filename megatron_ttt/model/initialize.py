@@ -16,7 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_ttt.config.schema import ModelConfig
+from megatron_ttt.model.shards import shard_of, whole_shape
 from megatron_ttt.rule import Start, added_start
+
+_FC1_PARTS = ("gate", "up")  # drawn apart, so that neither depends on the other's size
 
 
 class Origin(Enum):
@@ -49,12 +52,6 @@ def global_parameters(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
         elif name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"
         yield name, parameter
-
-
-def sharded_dim(parameter: torch.nn.Parameter) -> int | None:
-    """Return the dim along which tensor parallelism splits a parameter, or ``None``."""
-    sharded = getattr(parameter, "tensor_model_parallel", False)
-    return getattr(parameter, "partition_dim") if sharded else None  # noqa: B009
 
 
 def pretraining_draw(model: ModelConfig) -> Draw:
@@ -110,23 +107,17 @@ def initialize(
     rank = 0 if replicas is None else replicas.rank()
     parameters = list(global_parameters(model))
     for name, parameter in parameters[rank::ranks]:
-        axis = sharded_dim(parameter)
-        shape = list(parameter.shape)
-        if axis is not None:
-            shape[axis] *= tp_size
-        if name.endswith("linear_fc1.weight"):  # each rank holds its rows of gate, then of up
+        shard = shard_of(name, parameter, tp_rank=tp_rank, tp_size=tp_size)
+        shape = whole_shape(shard, parameter, tp_size)
+        if name.endswith("linear_fc1.weight"):
             half = (shape[0] // 2, *shape[1:])
-            parts = [_whole(f"{name}/{part}", half, seed, draw) for part in ("gate", "up")]
-            value = torch.cat([part.chunk(tp_size, 0)[tp_rank] for part in parts])
+            value = torch.cat([_whole(f"{name}/{part}", half, seed, draw) for part in _FC1_PARTS])
+        elif name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            value = parameter.new_zeros(shape, dtype=torch.float32, device="cpu")
+            value[:vocab_size] = _whole(name, (vocab_size, *shape[1:]), seed, draw)
         else:
-            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                value = parameter.new_zeros(shape, dtype=torch.float32, device="cpu")
-                value[:vocab_size] = _whole(name, (vocab_size, *shape[1:]), seed, draw)
-            else:
-                value = _whole(name, tuple(shape), seed, draw)
-            if axis is not None:
-                value = value.chunk(tp_size, axis)[tp_rank]
-        parameter.copy_(value)
+            value = _whole(name, shape, seed, draw)
+        parameter.copy_(shard.of(value))
     if replicas is not None and ranks > 1:
         members = dist.get_process_group_ranks(replicas)
         for place, (_, parameter) in enumerate(parameters):

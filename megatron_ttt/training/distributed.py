@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.launcher import LaunchError, launched
-from megatron_ttt.config.schema import Config, ParallelConfig
+from megatron_ttt.config.schema import ComputeConfig, ParallelConfig
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training.environment import missing_for_compilation
 
@@ -83,7 +83,7 @@ def local_device(local_rank: int, devices: int) -> int:
 
 
 @contextmanager
-def model_parallel(config: Config) -> Iterator[Ranks]:
+def model_parallel(config: ComputeConfig) -> Iterator[Ranks]:
     """Megatron's groups over an initialised ``torch.distributed``, taken down on leaving."""
     parallel = config.parallel
     parallel_state.initialize_model_parallel(
@@ -142,7 +142,7 @@ def _scan_group(parallel: ParallelConfig, groups: ProcessGroupCollection) -> Any
 
 
 @contextmanager
-def distributed(config: Config) -> Iterator[Ranks]:
+def distributed(config: ComputeConfig) -> Iterator[Ranks]:
     """Everything a training process needs, from torchrun's variables or as a single process.
 
     NCCL with a GPU, gloo without; in the latter case Megatron-core runs through

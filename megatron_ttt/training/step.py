@@ -14,7 +14,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_ttt.config.derived import ttt_layers
-from megatron_ttt.config.schema import Config, TTTMode
+from megatron_ttt.config.schema import ComputeConfig, TTTMode
 from megatron_ttt.data.batches import Batch
 from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.model.sequence_layout import (
@@ -82,7 +82,7 @@ class ForwardStep:
 
     def __init__(
         self,
-        config: Config,
+        config: ComputeConfig,
         ranks: Ranks,
         *,
         scan: ScanSettings,
@@ -92,7 +92,7 @@ class ForwardStep:
         """Prepare a step.
 
         Args:
-            config, ranks: of the run.
+            config, ranks: what is computed, and where.
             scan: how states travel.
             mode: may switch the fast weights of a model that has them off for this step.
             wants_norms: whether the states' norms are observed.

@@ -74,6 +74,7 @@ class OwnModel(_TensorsAlone, LanguageModule):
         target: TargetSource | None,
         padded_vocab_size: int,
         max_sequence_length: int,
+        loss_tokens: int | None,
         groups: Any,
     ) -> None:
         super().__init__(config=config, pg_collection=groups)

@@ -36,6 +36,7 @@ GRADIENT_BOUND, LOSS_BOUND, NORM_BOUND = 1e-4, 2e-5, 5e-4
 
 FULL = {"recompute": Recompute.full}
 SELECTIVE = {"recompute": Recompute.selective, "recompute_modules": ("core_attn", "mlp")}
+PIECES = {"loss_tokens": 37}  # pieces that nothing divides
 CONTIGUOUS = {"cp_order": SequenceOrder.contiguous}
 DENSE = {"packed": False}
 EMBEDDINGS = {
@@ -52,7 +53,7 @@ WRITES = {
 # What a layout is; the rest of a case says which model is trained.
 LAYOUT_KEYS = {
     *("tp", "cp", "pp", "sequence_parallel", "cp_order", "scan"),
-    *("recompute", "recompute_modules", "distributed_optimizer"),
+    *("recompute", "recompute_modules", "loss_tokens", "distributed_optimizer"),
 }
 
 CASES = [
@@ -61,10 +62,10 @@ CASES = [
     (2, {"tp": 2, **DENSE, **FULL}),
     (2, {"tp": 2, "sequence_parallel": Toggle.off}),
     (2, {"tp": 2, "sequence_parallel": Toggle.off, **DENSE, **SELECTIVE}),
-    (2, {"tp": 2, **EMBEDDINGS}),
-    (2, {"tp": 2, "sequence_parallel": Toggle.off, **EMBEDDINGS, **FULL}),
+    (2, {"tp": 2, **EMBEDDINGS, **PIECES}),
+    (2, {"tp": 2, "sequence_parallel": Toggle.off, **EMBEDDINGS, **FULL, **PIECES}),
     (2, {"cp": 2}),
-    (2, {"cp": 2, **DENSE, **FULL}),
+    (2, {"cp": 2, **DENSE, **FULL, **PIECES}),
     (2, {"cp": 2, **EMBEDDINGS, **SELECTIVE}),
     (2, {"cp": 2, **CONTIGUOUS}),
     (2, {"cp": 2, **CONTIGUOUS, **DENSE}),
@@ -73,17 +74,17 @@ CASES = [
     (4, {"cp": 4, **CONTIGUOUS, **EMBEDDINGS}),
     (2, {"pp": 2}),
     (2, {"pp": 2, **DENSE, **FULL}),
-    (2, {"pp": 2, "tied": False}),
+    (2, {"pp": 2, "tied": False, **PIECES}),
     (2, {}),  # dp = 2
     (2, {**DENSE}),
     (2, {**EMBEDDINGS, **FULL}),
     (2, {"distributed_optimizer": False}),
     (4, {"tp": 2, "cp": 2}),
-    (4, {"tp": 2, "cp": 2, **DENSE, **SELECTIVE}),
+    (4, {"tp": 2, "cp": 2, **DENSE, **SELECTIVE, **PIECES}),
     (4, {"tp": 2, "cp": 2, **EMBEDDINGS}),
     (4, {"pp": 2, "cp": 2}),
     (4, {"pp": 2, "cp": 2, **DENSE, **FULL}),
-    (4, {"tp": 2, "pp": 2}),
+    (4, {"tp": 2, "pp": 2, **PIECES}),
     (4, {"tp": 2, "pp": 2, **DENSE, **SELECTIVE}),
     (4, {"cp": 2, **FULL}),  # cp = 2, dp = 2
 ]

@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_ttt.config.schema import AttentionBackend, Config, OptimizerForm, Precision
 from megatron_ttt.config.to_megatron import HAVE_TE, transformer_config
 from megatron_ttt.model.build import build_model
-from megatron_ttt.model.initialize import Origin, global_parameters, initialize, sharded_dim
+from megatron_ttt.model.initialize import Origin, global_parameters, initialize
+from megatron_ttt.model.shards import sharded_dim
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training.distributed import Ranks, model_parallel

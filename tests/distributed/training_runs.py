@@ -30,7 +30,8 @@ from megatron_ttt.config.schema import (
     TTTConfig,
 )
 from megatron_ttt.data.batches import Batch
-from megatron_ttt.model.initialize import Draw, global_parameters, initialize, sharded_dim
+from megatron_ttt.model.initialize import Draw, global_parameters, initialize
+from megatron_ttt.model.shards import sharded_dim
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.rule import Normalize, TargetSource, WriteSettings
 from megatron_ttt.training.distributed import Ranks, model_parallel
@@ -48,6 +49,7 @@ def tiny_config(
     pp: int = 1,
     sequence_parallel: Toggle = Toggle.auto,
     recompute: Recompute = Recompute.none,
+    loss_tokens: int | None = None,
     recompute_modules: tuple[str, ...] = ("core_attn",),
     target: TargetSource = TargetSource.hidden_states,
     normalize: Normalize = Normalize.none,
@@ -101,6 +103,7 @@ def tiny_config(
             micro_batch_size=2,
             global_batch_size=4,
             recompute=recompute,
+            loss_tokens=loss_tokens,
             recompute_modules=list(recompute_modules),
         ),
     )

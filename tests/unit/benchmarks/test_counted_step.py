@@ -30,6 +30,17 @@ def test_one_document() -> None:
     assert forward.saved_bytes <= 7.26e9
 
 
+def test_a_loss_in_pieces_keeps_no_logits() -> None:
+    """Every piece's are made again: one more product of the output layer."""
+    whole, whole_backward = counted("data.reset_attention=false")
+    forward, backward = counted("data.reset_attention=false", "train.loss_tokens=4096")
+    logits = 8192 * 151936 * 4  # bytes of the softmax, fp32
+    assert whole.saved_bytes - forward.saved_bytes >= 0.95 * logits
+    assert forward.flops == whole.flops
+    assert backward.flops - whole_backward.flops == 2 * 8192 * 2560 * 151936
+    assert (forward + backward).syncs == 0
+
+
 def test_off_launches_less_and_waits_for_nothing() -> None:
     forward, backward = counted("data.reset_attention=false")
     plain, plain_backward = counted("data.reset_attention=false", "ttt=off")

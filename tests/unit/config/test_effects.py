@@ -36,6 +36,7 @@ IDLE = {
     "optimizer.schedule": "optimizer.schedule=constant",
     "optimizer.warmup_steps": "optimizer.warmup_steps=5",
     "train.recompute": "train.recompute=full",
+    "train.loss_tokens": "train.loss_tokens=512",
     "run.resume": "run.resume=outputs/other/checkpoints/step_00000002",
     "checkpoint.keep_last": "checkpoint.keep_last=null",
     "validation.interval": "validation.interval=null",

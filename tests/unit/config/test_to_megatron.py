@@ -119,7 +119,7 @@ def test_optimizer() -> None:
 def test_gradients_are_summed_in_fp32() -> None:
     words = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
              "parallel.bucket_size=7"]  # fmt: skip
-    found = ddp_config(configured("+model=tiny", *words))
+    found = ddp_config(configured("+model=tiny", *words).parallel)
     assert found.grad_reduce_in_fp32 and not found.average_in_collective
     assert found.use_distributed_optimizer
     assert found.overlap_grad_reduce and found.overlap_param_gather
