@@ -4,6 +4,7 @@
 python tools/benchmark.py fast-weight-layer chunk=64 part=mlp
 python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \\
     device=cuda output=layer.json
+python tools/benchmark.py chunk-sizes sizes=[8,16,64,1024] against=256
 python tools/benchmark.py scan ranks=8 write_constants=constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200
 python tools/benchmark.py decoding batch=[1,4]
@@ -84,6 +85,35 @@ def run_layer(keys: Layer) -> int:
 
 
 @dataclass
+class ChunkSizes(Measured):
+    """Measure the fast-weight projection by the size of its chunks, in rounds over all sizes."""
+
+    hidden: int = 512
+    ffn: int = 1536
+    tokens: int = 8192
+    sizes: list[int] = field(default_factory=lambda: [8, 16, 64, 1024])  # tokens of a chunk
+    against: int = 256  # what the others' times are divided by
+    rounds: int = 9  # measured
+    device: str = "cpu"  # cpu or cuda
+
+
+def run_chunk_sizes(keys: ChunkSizes) -> int:
+    """Measure and print; 1 if two forms of the computation disagree."""
+    check_device(keys.device)
+    from megatron_ttt.benchmarks import chunk_sizes as benchmark
+
+    options = keys.options()
+    problem = benchmark.ChunkProblem(sizes=tuple(options.pop("sizes")), **options)
+    try:
+        times = benchmark.measure(problem)
+    except benchmark.Disagreement as error:
+        return failed(error)
+    benchmark.report(problem, times, Console())
+    keys.write(benchmark.as_record(problem, times))
+    return 0
+
+
+@dataclass
 class Checkpoint(Measured):
     """Measure how long a step waits for a checkpoint, saved in the background and not."""
 
@@ -154,12 +184,9 @@ class Decoding(Measured):
 
 def run_decoding(keys: Decoding) -> int:
     """Measure and print."""
-    for key, value, valid in (
-        ("dtype", keys.dtype, ("fp32", "bf16")),
-        ("device", keys.device, ("cpu", "cuda")),
-    ):
-        if value not in valid:
-            raise ConfigError([Fault(key, value, f"must be one of {', '.join(valid)}")])
+    check_device(keys.device)
+    if keys.dtype not in ("fp32", "bf16"):
+        raise ConfigError([Fault("dtype", keys.dtype, "must be one of fp32, bf16")])
     from megatron_ttt.benchmarks import decoding as benchmark
 
     options = keys.options()
@@ -217,6 +244,20 @@ def run_counted_step(keys: CountedStep) -> int:
     return 0
 
 
+def check_device(device: str) -> None:
+    """Raise for a device that is not there.
+
+    Raises:
+        ConfigError: no device, or one that this machine lacks.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ConfigError([Fault("device", device, "must be one of cpu, cuda")])
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError([Fault("device", device, "there is no GPU here; use cpu")])
+
+
 def failed(error: Exception) -> int:
     """Print why nothing was measured; return the exit status."""
     print(f"error: {error}", file=sys.stderr)
@@ -237,6 +278,9 @@ def command(keys: type, run: Any, *counts: str, **options: Any) -> Command[Any]:
 
 COMMANDS = {
     "fast-weight-layer": command(Layer, run_layer, "hidden", "ffn", "tokens", "chunk", "repeats"),
+    "chunk-sizes": command(
+        ChunkSizes, run_chunk_sizes, "hidden", "ffn", "tokens", "sizes", "against", "rounds"
+    ),
     "checkpoint": command(Checkpoint, run_checkpoint, "hidden", "layers", "repeats"),
     "conversion": command(Conversion, run_conversion),
     "scan": command(

@@ -100,14 +100,16 @@ class LayerProblem:
     def inside_products(self) -> float:
         """Products inside our groups, in units of tokens x hidden x ffn, forward and backward.
 
-        Scores and their gradients, for the part of a group's square that its strips compute.
+        Scores and their gradients, for the part of a group's square that its strips compute; a GPU
+        makes the scores twice.
         """
         tokens = min(self.group_chunks * self.chunk, self.tokens)
         if tokens == self.chunk:
             return 0.0
-        strip = min(max(strip_tokens(is_cpu=self.device == "cpu"), self.chunk), tokens)
+        is_cpu = self.device == "cpu"
+        strip = min(max(strip_tokens(is_cpu=is_cpu), self.chunk), tokens)
         share = (1 + strip / tokens) / 2 - self.chunk / tokens
-        return share * tokens * (4 / self.hidden + 3 / self.ffn)
+        return share * tokens * ((3 if is_cpu else 4) / self.hidden + 3 / self.ffn)
 
     @property
     def matrix_bytes(self) -> int:

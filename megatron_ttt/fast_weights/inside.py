@@ -17,11 +17,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights.groups import Group, Segment
+
+
+class InsideScores(Enum):
+    """What the backward does for the scores A: half a group's tokens of numbers for every token."""
+
+    KEPT = "kept"  # from the forward
+    REMADE = "remade"
 
 
 def strip_tokens(*, is_cpu: bool) -> int:
@@ -71,13 +79,14 @@ def read_inside(
     *,
     chunk_size: int,
     eta: float,
-) -> None:
-    """Add to the outputs what the group's tokens read from each other."""
+) -> Iterator[Tensor]:
+    """Add to the outputs what the group's tokens read from each other; yield the scores A."""
     for strip in _strips(group, chunk_size, keys_BTF.device):
         scores_BRW = strip.scores(keys_BTF, write_keys_BTF)
         outputs_BTD[strip.rows, strip.tokens].baddbmm_(
             scores_BRW, strip.written(targets_BTD), alpha=eta
         )
+        yield scores_BRW
 
 
 @dataclass(frozen=True)
@@ -99,8 +108,12 @@ def inside_backward(
     *,
     chunk_size: int,
     eta: float,
+    scores: Iterator[Tensor] | None,
 ) -> None:
-    """Add the gradients of :func:`read_inside`."""
+    """Add the gradients of :func:`read_inside`.
+
+    ``scores``: what that yielded, group after group; ``None``: they are made once more.
+    """
     for strip in _strips(group, chunk_size, keys_BTF.device):
         if gradients.keys_BTF is not None or gradients.write_keys_BTF is not None:
             d_scores_BRW = strip.scores(d_outputs_BTD, targets_BTD)
@@ -112,7 +125,10 @@ def inside_backward(
                 read_BRF = keys_BTF[strip.rows, strip.tokens]
                 strip.add_to_written(gradients.write_keys_BTF, d_scores_BRW, read_BRF, eta)
         if gradients.targets_BTD is not None:
-            scores_BRW = strip.scores(keys_BTF, write_keys_BTF)
+            if scores is None:
+                scores_BRW = strip.scores(keys_BTF, write_keys_BTF)
+            else:
+                scores_BRW = next(scores)
             upstream_BRD = d_outputs_BTD[strip.rows, strip.tokens]
             strip.add_to_written(gradients.targets_BTD, scores_BRW, upstream_BRD, eta)
 

@@ -6,6 +6,7 @@ chunks, S local spans.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from megatron_ttt.fast_weights.accumulate import accumulate_product, state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.exchange import CarryExchange
 from megatron_ttt.fast_weights.groups import Group, groups_of
-from megatron_ttt.fast_weights.inside import read_inside
+from megatron_ttt.fast_weights.inside import InsideScores, read_inside
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ScanCall:
     exchange: CarryExchange | None
     factors_BN: Tensor | None = None
     group_chunks: int = 1
+    scores: InsideScores = InsideScores.REMADE
     wants_norms: bool = False
 
     @property
@@ -91,9 +93,9 @@ class ScanTensors:
                 state_BDF[rows], self.targets_BTD[rows, tokens], self.write_keys_BTF[rows, tokens]
             )
 
-    def read_inside(self, group: Group, outputs_BTD: Tensor, call: ScanCall) -> None:
-        """Add to the outputs what the group's tokens read from each other."""
-        read_inside(
+    def read_inside(self, group: Group, outputs_BTD: Tensor, call: ScanCall) -> list[Tensor]:
+        """Add to the outputs what the group's tokens read from each other; the kept scores."""
+        scores = read_inside(
             group,
             outputs_BTD,
             self.keys_BTF,
@@ -102,3 +104,7 @@ class ScanTensors:
             chunk_size=call.plan.chunk_size,
             eta=call.eta,
         )
+        if call.scores is InsideScores.KEPT:
+            return list(scores)
+        deque(scores, maxlen=0)
+        return []

@@ -19,6 +19,7 @@ chunks, S local spans; X and Y are D and F, or F and D.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from megatron_ttt.fast_weights.accumulate import accumulate_product
 from megatron_ttt.fast_weights.exchange import Direction, PendingCarries
 from megatron_ttt.fast_weights.groups import Group, groups_of
-from megatron_ttt.fast_weights.inside import InsideGradients, inside_backward
+from megatron_ttt.fast_weights.inside import InsideGradients, InsideScores, inside_backward
 from megatron_ttt.fast_weights.scale import line_norms
 from megatron_ttt.fast_weights.scan_call import ScanCall, ScanTensors
 
@@ -53,13 +54,12 @@ class FastWeightScan(torch.autograd.Function):
         ctx.call = call
         ctx.carry_dtype = None if carry_BDF is None else carry_BDF.dtype
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF)
 
         eta = call.eta
         outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0])
         if eta == 0:
             torch.matmul(keys_BTF, weight_DF.T, out=outputs_BTD)
-        norms = _StateNorms(tensors, call)
+        norms, scores = _StateNorms(tensors, call), []
         sweep = _StateSweep(tensors, entering_SBDF, call)
         for span, groups in enumerate(call.span_groups()):
             sweep.enter(span)
@@ -68,9 +68,12 @@ class FastWeightScan(torch.autograd.Function):
                     norms.note(sweep.state_BDF, group)
                 if eta != 0:
                     sweep.apply(group, keys_BTF, outputs_BTD, transposed=True)
-                    tensors.read_inside(group, outputs_BTD, call)
+                    scores += tensors.read_inside(group, outputs_BTD, call)
                 if group is not groups[-1] or span == call.spans - 1:
                     sweep.advance(group)
+        ctx.save_for_backward(
+            keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores
+        )
         squares_BN = norms.squares()
         ctx.mark_non_differentiable(squares_BN)
         return outputs_BTD, sweep.state_BDF, squares_BN
@@ -80,7 +83,7 @@ class FastWeightScan(torch.autograd.Function):
     def backward(
         ctx: Any, d_outputs_BTD: Tensor | None, d_state_BDF: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF = ctx.saved_tensors
+        keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores = ctx.saved_tensors
         own_keys = keys_BTF if write_keys_BTF is None else write_keys_BTF
         tensors = ScanTensors(keys_BTF, targets_BTD, own_keys, weight_DF)
         call: ScanCall = ctx.call
@@ -109,7 +112,7 @@ class FastWeightScan(torch.autograd.Function):
                     sweep.apply(group, d_outputs_BTD, reverse.d_keys_BTF, transposed=False)
                     if group is not groups[-1]:
                         sweep.advance(group)
-            reverse.read_inside()
+            reverse.read_inside(iter(scores) if call.scores is InsideScores.KEPT else None)
         del sweep
         d_carry_BDF = reverse.run(pending)
         d_carry = None if ctx.carry_dtype is None else d_carry_BDF.to(ctx.carry_dtype)
@@ -233,7 +236,7 @@ class _GradientSweep:
                 self.d_weight_DF += summaries_SBDF[span].sum(dim=0)
         return pending
 
-    def read_inside(self) -> None:
+    def read_inside(self, scores: Iterator[Tensor] | None) -> None:
         """Add the gradients of what groups read inside; they need no other rank."""
         tensors, call = self.tensors, self.call
         gradients = InsideGradients(
@@ -251,6 +254,7 @@ class _GradientSweep:
                 gradients,
                 chunk_size=call.plan.chunk_size,
                 eta=call.eta,
+                scores=scores,
             )
 
     def run(self, pending: PendingCarries | None) -> Tensor:

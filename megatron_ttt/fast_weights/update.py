@@ -15,11 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.exchange import CarryExchange
 from megatron_ttt.fast_weights.groups import group_size
+from megatron_ttt.fast_weights.inside import InsideScores
 from megatron_ttt.fast_weights.scale import ReduceSums
 from megatron_ttt.fast_weights.scan_call import ScanCall
 from megatron_ttt.fast_weights.sweeps import FastWeightScan
@@ -108,6 +110,7 @@ def fast_weight_scan(
     exchange: CarryExchange | None = None,
     carry_BDF: Tensor | None = None,
     group_chunks: int | None = None,
+    scores: InsideScores | None = None,
     wants_norms: bool = False,
 ) -> FastWeightOutput:
     """``O_i = Z_i (W0 + eta S_i)^T``, ``S_{i+1} = f_i k_i S_i + L_i^T R_i`` on a rank's tokens.
@@ -128,6 +131,7 @@ def fast_weight_scan(
         carry_BDF: enters the first local span on top of the exchange's carry: with an exchange only
             the owner of the row's first span passes one.
         group_chunks: chunks that touch the state together (``groups.py``); None: by the sizes.
+        scores: of a group's inside (``inside.py``); None: by the device.
         wants_norms: whether ``state_squares_BN`` is made; in groups of several chunks it costs a
             product and a pass over the state for every chunk.
 
@@ -157,6 +161,7 @@ def fast_weight_scan(
             exchange,
             write.factors_BN,
             group_chunks=group_chunks or _group_chunks(keys_BTF, write, weight_DF, plan),
+            scores=scores or _scores(keys_BTF),
             wants_norms=wants_norms,
         ),
     )
@@ -173,6 +178,12 @@ def _group_chunks(keys_BTF: Tensor, write: Write, weight_DF: Tensor, plan: Chunk
         is_cpu=keys_BTF.is_cpu,
         has_factors=write.factors_BN is not None,
     )
+
+
+def _scores(keys_BTF: Tensor) -> InsideScores:
+    # A CPU's groups are short; on a GPU scores would be a tenth of what a layer keeps.
+    kept = keys_BTF.is_cpu and torch.is_grad_enabled()
+    return InsideScores.KEPT if kept else InsideScores.REMADE
 
 
 def written_state(

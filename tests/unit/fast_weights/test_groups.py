@@ -9,6 +9,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights import Write, fast_weight_scan, plan_chunks
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.groups import Segment, group_size, groups_of
+from megatron_ttt.fast_weights.inside import InsideScores
 
 C = 4
 
@@ -64,7 +65,9 @@ def test_sizes() -> None:
     assert group_size(large, hidden=8, is_cpu=True, has_factors=False) == 1
 
 
-def solve(plan: ChunkPlan, group_chunks: int) -> dict[str, Tensor]:
+def solve(
+    plan: ChunkPlan, group_chunks: int, scores: InsideScores = InsideScores.REMADE
+) -> dict[str, Tensor]:
     """Outputs, state, norms and every gradient, in fp64, with write keys of their own."""
     generator = torch.Generator().manual_seed(3)
 
@@ -82,6 +85,7 @@ def solve(plan: ChunkPlan, group_chunks: int) -> dict[str, Tensor]:
         eta=0.1,
         carry_BDF=carry,
         group_chunks=group_chunks,
+        scores=scores,
         wants_norms=True,
     )
     upstream = draw(*output.outputs_BTD.shape).detach()
@@ -96,6 +100,7 @@ def solve(plan: ChunkPlan, group_chunks: int) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize("scores", list(InsideScores))
 @pytest.mark.parametrize("group_chunks", [2, 3, 64])
 @pytest.mark.parametrize(
     ("starts", "padding"),
@@ -107,10 +112,13 @@ def solve(plan: ChunkPlan, group_chunks: int) -> dict[str, Tensor]:
     ],
 )
 def test_groups_are_equal_to_chunks(
-    starts: list[list[int]], padding: list[list[int]] | None, group_chunks: int
+    starts: list[list[int]],
+    padding: list[list[int]] | None,
+    group_chunks: int,
+    scores: InsideScores,
 ) -> None:
     plan = plan_of(starts, 42, padding)  # the last chunk is unfinished
-    once, grouped = solve(plan, 1), solve(plan, group_chunks)
+    once, grouped = solve(plan, 1), solve(plan, group_chunks, scores)
     for name, wanted in once.items():
         torch.testing.assert_close(grouped[name], wanted, rtol=1e-11, atol=1e-11, msg=name)
     assert once["norms"].max() > 1
