@@ -28,6 +28,7 @@ from megatron_ttt.data.rows import Batch
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.varlen_attention import PackedSpan, pack
 from megatron_ttt.parallel.cpu import megatron_on
 from megatron_ttt.training.distributed import model_parallel
 from megatron_ttt.training.step import ForwardStep
@@ -64,7 +65,7 @@ def model_on_fake_cuda(
             on_cpu = replace(here, device=torch.device("cpu"))
             scan = scan_settings(config.parallel, on_cpu.scan_group)
             layouts = {
-                mode: ForwardStep(config, on_cpu, scan=scan, mode=mode).layout(batch)
+                mode: _packed(ForwardStep(config, on_cpu, scan=scan, mode=mode).layout(batch))
                 for mode in TTTMode
             }
         stack.enter_context(fake_cuda())
@@ -139,11 +140,19 @@ def _part(tensor: Tensor, index: Any) -> Tensor:
     return tensor
 
 
+def _packed(layout: SequenceLayout) -> SequenceLayout:
+    """A layout made on the CPU with what a GPU's would have besides."""
+    assert layout.attention is not None
+    return replace(layout, packed=pack(layout.attention, torch.device("cpu")))
+
+
 def like_on_cuda(value: Any) -> Any:
     """A fake tensor on "cuda" of the same shape; records with their tensors so replaced."""
     if isinstance(value, Tensor):
         return torch.empty(value.shape, dtype=value.dtype, device="cuda")
-    if isinstance(value, ChunkPlan | SequenceLayout):
+    if isinstance(value, tuple):
+        return tuple(like_on_cuda(part) for part in value)
+    if isinstance(value, ChunkPlan | SequenceLayout | PackedSpan):
         names = [field.name for field in fields(value) if field.init]
         return replace(value, **{name: like_on_cuda(getattr(value, name)) for name in names})
     return value

@@ -5,6 +5,7 @@ python tools/benchmark.py fast-weight-layer chunk=64 part=mlp
 python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dtype=bf16 \\
     device=cuda output=layer.json
 python tools/benchmark.py chunk-sizes sizes=[8,16,64,1024] against=256
+python tools/benchmark.py attention tokens=[4096,8192,16384] documents=20
 python tools/benchmark.py scan ranks=8 write_constants=constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200
 python tools/benchmark.py decoding batch=[1,4]
@@ -110,6 +111,46 @@ def run_chunk_sizes(keys: ChunkSizes) -> int:
         return failed(error)
     benchmark.report(problem, times, Console())
     keys.write(benchmark.as_record(problem, times))
+    return 0
+
+
+@dataclass
+class Attention(Measured):
+    """Measure attention by documents on the CPU: over planned tiles, and by masks of whole rows."""
+
+    tokens: list[int] = field(default_factory=lambda: [4096, 8192, 16384])
+    documents: int = 20  # in a row, equally long
+    window: int = 0  # tokens that a query sees; 0: all before it
+    heads: int = 8
+    groups: int = 4  # of keys and values
+    head_dim: int = 64
+    rounds: int = 3  # measured
+
+
+def run_attention(keys: Attention) -> int:
+    """Measure and print; 1 if the two disagree."""
+    if keys.heads % keys.groups:
+        message = f"must divide heads={keys.heads} evenly"
+        raise ConfigError([Fault("groups", keys.groups, message)])
+    if keys.documents > min(keys.tokens):
+        message = f"a row has {min(keys.tokens)} tokens"
+        raise ConfigError([Fault("documents", keys.documents, message)])
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ttt.benchmarks import attention as benchmark
+
+    options = keys.options()
+    problem = benchmark.AttentionProblem(tokens=tuple(options.pop("tokens")), **options)
+    progress = Console(stderr=True)
+    try:
+        rows = benchmark.measure(
+            problem, lambda row: progress.print(f"{row.tokens} tokens measured")
+        )
+    except benchmark.Disagreement as error:
+        return failed(error)
+    benchmark.report(problem, rows, Console())
+    keys.write(benchmark.as_record(problem, rows))
     return 0
 
 
@@ -280,6 +321,12 @@ COMMANDS = {
     "fast-weight-layer": command(Layer, run_layer, "hidden", "ffn", "tokens", "chunk", "repeats"),
     "chunk-sizes": command(
         ChunkSizes, run_chunk_sizes, "hidden", "ffn", "tokens", "sizes", "against", "rounds"
+    ),
+    "attention": command(
+        Attention,
+        run_attention,
+        *("tokens", "documents", "heads", "groups", "head_dim", "rounds"),
+        bounds={"window": Bound(0)},
     ),
     "checkpoint": command(Checkpoint, run_checkpoint, "hidden", "layers", "repeats"),
     "conversion": command(Conversion, run_conversion),

@@ -312,7 +312,9 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _is_causal(packet: Any, args: Any) -> bool:
-    """Flash attention's flag, after dropout, in its forward and in its backward."""
+    """Flash attention's flag, after dropout, or the window of packed documents: all before."""
+    if packet in (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward):
+        return [-1, 0] in args
     place = {
         aten._scaled_dot_product_flash_attention: 4,
         aten._scaled_dot_product_flash_attention_backward: 11,

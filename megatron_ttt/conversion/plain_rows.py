@@ -3,6 +3,7 @@
 import torch
 
 from megatron_ttt.fast_weights.documents import plan_chunks
+from megatron_ttt.model.attention_plan import plan_attention
 from megatron_ttt.model.sequence_layout import SequenceLayout
 
 
@@ -24,6 +25,7 @@ def plain_rows(*, batch: int, length: int, chunk_size: int | None, decay: float)
         max_seqlen_kv=length,
         length=length,
         ranges=((0, length),),
+        attention=plan_attention(None, batch=batch, ranges=((0, length),)),
         positions=torch.arange(length)[None],
         plan=plan,
     )

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.inference.token_runs import TokenRuns
-from megatron_ttt.model.windowed_attention import causal_attention
+from megatron_ttt.model.attention_plan import plan_reading
+from megatron_ttt.model.block_attention import block_attention
+from megatron_ttt.model.masked_attention import attend_at_places, masked_attention
 
+_FEW = 16  # queries of rows at different places that are attended from at once, masked
 _GROWTH = 256  # places; the buffer doubles beyond it
 
 
@@ -51,28 +54,21 @@ class KeyValueCache:
         keys, values = (
             held[:, :longest].transpose(1, 2) for held in (self.keys_BSGE, self.values_BSGE)
         )
-        starts = [
-            place - count - first
-            for place, count, first in zip(self.places, runs.count, runs.first, strict=True)
-        ]
-        # Where the rows stand alike, one mask serves all.
-        if len(set(zip(self.places, runs.first, runs.count, strict=True))) == 1:
-            starts = starts[:1]
         query = query_BTAE.transpose(1, 2)
-        outputs, offset = [], 0
-        for begin, end in ranges or [(0, runs.length)]:
-            outputs.append(
-                causal_attention(
-                    query[:, :, offset : offset + end - begin],
-                    keys,
-                    values,
-                    first=[start + begin for start in starts],
-                    window=window,
-                    scale=scale,
-                )
+        before = [place - count for place, count in zip(self.places, runs.count, strict=True)]
+        if ranges is None and runs.length <= _FEW and len(set(before)) > 1:
+            places = [place - first for place, first in zip(before, runs.first, strict=True)]
+            attended = attend_at_places(
+                query, keys, values, places=places, window=window, scale=scale
             )
-            offset += end - begin
-        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            return attended.transpose(1, 2)
+        plan = plan_reading(
+            before,
+            [(first, first + count) for first, count in zip(runs.first, runs.count, strict=True)],
+            ranges=ranges or [(0, runs.length)],
+        )
+        kernel = block_attention if query.is_cpu else masked_attention
+        attended = kernel(query, keys, values, plan=plan, window=window, scale=scale)
         return attended.transpose(1, 2)
 
     def select(self, rows: Sequence[int]) -> None:

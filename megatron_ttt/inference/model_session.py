@@ -263,6 +263,7 @@ class ModelSession:
             chunk_size=self.config.ttt.chunk_size if self.fast_weights else None,
             decay=self.config.ttt.decay,
             mask_attention=False,
+            window=self.config.model.sliding_window,
             reset_positions=False,
             reset_fast_weights=False,
             scan=self._scan,

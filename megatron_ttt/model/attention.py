@@ -1,12 +1,15 @@
 """Scaled-dot-product attention on any device: causal, windowed, by document, across CP ranks.
 
 The ``torch`` backend's core attention. Keys and values are gathered over the context-parallel
-group (grouped queries keep them small); queries stay where they are, see ``windowed_attention.py``.
+group (grouped queries keep them small); queries stay where they are. What they see is planned once
+for a micro-batch (``attention_plan.py``).
 
 Shape letters: B batch rows, L tokens of this rank, A heads, G key/value groups, E head dim.
 """
 
 import math
+from collections.abc import Sequence
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,9 +18,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from megatron_ttt.model.attention_plan import AttentionPlan
+from megatron_ttt.model.block_attention import block_attention
+from megatron_ttt.model.masked_attention import masked_attention
 from megatron_ttt.model.sequence_layout import SequenceLayout
-from megatron_ttt.model.windowed_attention import causal_attention
+from megatron_ttt.model.varlen_attention import PackedSpan, varlen_attention
 from megatron_ttt.parallel.collectives import gather_sequences
 
 
@@ -71,21 +78,64 @@ class TorchAttention(MegatronModule):
             return layout.session.attend(
                 self.layer, query, key, value, window=self.window, scale=self.scale
             )
+        assert layout.attention is not None
         key, value = gather_sequences(key, value, group=self.cp_group, order=layout.order)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        outputs, offset = [], 0
-        for start, end in layout.ranges:
-            outputs.append(
-                causal_attention(
-                    query[:, :, offset : offset + end - start],
-                    key,
-                    value,
-                    first=[start],
-                    window=self.window,
-                    documents=layout.documents,
-                    scale=self.scale,
-                )
-            )
-            offset += end - start
-        attended = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        attended = attend(
+            query,
+            key,
+            value,
+            plan=layout.attention,
+            packed=layout.packed,
+            window=self.window,
+            scale=self.scale,
+        )
         return attended.permute(2, 0, 1, 3).flatten(2)
+
+
+class Kernel(Enum):
+    """What computes attention."""
+
+    BLOCKS = "blocks"  # torch's flash kernel for CPUs, tile by tile
+    VARLEN = "varlen"  # torch's variable-length kernel, over packed documents
+    MASKED = "masked"  # any kernel that takes a mask
+
+
+def kernel_for(tensor: Tensor) -> Kernel:
+    """Return what attends on a tensor's device in its dtype.
+
+    The variable-length kernel knows GPUs and 16 bits alone. Meta tensors stand for those on a GPU.
+    """
+    if tensor.is_cpu:
+        return Kernel.BLOCKS
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return Kernel.VARLEN if is_half and (tensor.is_cuda or tensor.is_meta) else Kernel.MASKED
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    plan: AttentionPlan,
+    packed: Sequence[PackedSpan],
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    """Attend: ``[B, A, L, E]``.
+
+    Args:
+        query: ``[B, A, L, E]``.
+        key, value: ``[B, G, T, E]``, whole rows.
+        plan, packed: what the queries see.
+        window: keys that a query sees, its own included; ``None``: all before it.
+        scale: of the products.
+    """
+    kernel = kernel_for(query)
+    if kernel is Kernel.BLOCKS:
+        return block_attention(query, key, value, plan=plan, window=window, scale=scale)
+    if kernel is Kernel.MASKED or plan.is_causal(query.shape[2], window):
+        return masked_attention(query, key, value, plan=plan, window=window, scale=scale)
+    return varlen_attention(
+        query, key, value, packed=packed, window=window, scale=scale, kernel=varlen_attn
+    )

@@ -19,6 +19,8 @@ from torch import Tensor
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
 from megatron_ttt.fast_weights.upload import upload
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write
+from megatron_ttt.model.attention_plan import AttentionPlan, plan_attention
+from megatron_ttt.model.varlen_attention import PackedSpan, pack
 from megatron_ttt.parallel.layout import token_ranges, total_spans
 from megatron_ttt.parallel.pending import ScanRecord
 from megatron_ttt.parallel.scan import SpanExchange
@@ -69,8 +71,8 @@ class SequenceLayout(PackedSeqParams):
         ranges: this rank's token ranges ``[start, end)`` in memory order (zigzag: two).
         order: how spans are dealt to context-parallel ranks.
         positions: ``[B or 1, L]`` rotary position of each local token.
-        documents: ``[B, T]`` int32, which document each token of the whole row belongs to, for
-            masking attention; ``None`` where attention may cross documents.
+        attention: what this rank's queries see; ``None`` in a session, which has its own.
+        packed: the same for the variable-length kernel; on a GPU alone.
         plan: chunk plan of this rank's tokens; ``None`` without fast weights.
         exchange: joins the states of the row's ranks; it knows the keep of every span of the
             whole row, which is therefore never exchanged. ``None`` at cp = 1.
@@ -89,7 +91,8 @@ class SequenceLayout(PackedSeqParams):
     ranges: Sequence[tuple[int, int]] = ()
     order: SequenceOrder = SequenceOrder.zigzag
     positions: Tensor | None = None
-    documents: Tensor | None = None
+    attention: AttentionPlan | None = None
+    packed: Sequence[PackedSpan] = ()
     plan: ChunkPlan | None = None
     exchange: SpanExchange | None = None
     embeddings: Tensor | None = None
@@ -131,6 +134,7 @@ def sequence_layout(
     chunk_size: int | None,
     decay: float,
     mask_attention: bool,
+    window: int | None,
     reset_positions: bool,
     reset_fast_weights: bool,
     scan: ScanSettings,
@@ -147,6 +151,7 @@ def sequence_layout(
         chunk_size: C; ``None`` where the model has no fast weights.
         decay: gamma per chunk.
         mask_attention, reset_positions, reset_fast_weights: what a document boundary does.
+        window: of attention.
         scan: the ranks that share the row, and this one's place among them.
         device: where the layout's tensors go.
         wants_norms: whether layers note the norms of their states.
@@ -173,7 +178,9 @@ def sequence_layout(
         if ranks > 1:
             exchange = _exchange(plan, scan)
             plan = plan.select_tokens(ranges)
-    documents = document_starts.cumsum(1, dtype=torch.int32)
+    starts = document_starts if mask_attention else None
+    attention = plan_attention(starts, batch=batch, ranges=ranges)
+    is_plain = attention.is_causal(length // ranks, window)
     return SequenceLayout(
         qkv_format="sbhd",
         # Transformer Engine multiplies them by cp
@@ -183,7 +190,8 @@ def sequence_layout(
         ranges=ranges,
         order=scan.order,
         positions=upload(take_ranges(positions, ranges), device),
-        documents=upload(documents, device) if mask_attention else None,
+        attention=attention,
+        packed=() if is_plain or device.type == "cpu" else pack(attention, device),
         plan=plan,
         exchange=exchange,
         wants_norms=wants_norms,

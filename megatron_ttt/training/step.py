@@ -142,6 +142,7 @@ class ForwardStep:
             chunk_size=self.chunk_size,
             decay=self.config.ttt.decay,
             mask_attention=data.reset_attention,
+            window=self.config.model.sliding_window,
             reset_positions=data.reset_positions,
             reset_fast_weights=data.reset_fast_weights,
             scan=self.scan,

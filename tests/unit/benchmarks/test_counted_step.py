@@ -54,9 +54,16 @@ def test_other_write_rules_wait_for_nothing(words: list[str]) -> None:
     assert (forward + backward).syncs == 0 and (forward + backward).pageable == 0
 
 
-def test_documents_wait_for_nothing() -> None:
+def test_documents_cost_no_masks() -> None:
+    """One more upload, and a few kernels: what is kept and moved does not grow."""
     forward, backward = counted(documents=8)
+    plain, plain_backward = counted("data.reset_attention=false")
     assert (forward + backward).syncs == 0 and (forward + backward).pageable == 0
+    assert forward.uploads <= 9
+    assert forward.kernels <= plain.kernels and backward.kernels <= plain_backward.kernels + 30
+    assert forward.saved_bytes <= plain.saved_bytes + 1e6
+    assert forward.bytes <= plain.bytes and backward.bytes <= 1.02 * plain_backward.bytes
+    assert forward.flops < 0.9 * plain.flops  # of another document nothing is multiplied
 
 
 def launches(chunk: int, documents: int) -> int:

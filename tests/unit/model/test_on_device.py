@@ -3,6 +3,7 @@
 Meta tensors stand for those on a GPU, CPU tensors for the host's memory.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,9 @@ from megatron_ttt.fast_weights.documents import plan_chunks
 from megatron_ttt.inference.key_value_cache import KeyValueCache
 from megatron_ttt.inference.token_runs import TokenRuns
 from megatron_ttt.model.attention import TorchAttention
+from megatron_ttt.model.attention_plan import plan_attention
 from megatron_ttt.model.sequence_layout import SequenceLayout
+from megatron_ttt.model.varlen_attention import PackedSpan, pack
 from megatron_ttt.parallel.collectives import gather_sequences
 from megatron_ttt.parallel.layout import token_ranges
 from megatron_ttt.scan_words import SequenceOrder
@@ -47,26 +50,37 @@ def assert_host_is_free(counter: DeviceCounter) -> None:
 @pytest.mark.parametrize(
     "ranges", [[(0, LENGTH)], [(300, 600), (600, 900)]], ids=["whole", "spans"]
 )
-def test_attention_makes_its_masks_on_the_device(
+def test_attention_asks_nothing_of_the_host(
     ranges: list[tuple[int, int]], window: int | None, by_document: bool
 ) -> None:
     config = transformer_config(tiny_config(window=window), device_is_cuda=False)
     groups: Any = SimpleNamespace(cp=None)
     module = TorchAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
-    documents = torch.empty(BATCH, LENGTH, dtype=torch.int32, device=META) if by_document else None
-    layout = SequenceLayout(length=LENGTH, ranges=ranges, documents=documents)
+    starts = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
+    starts[0, [0, 200, 650]] = True
+    plan = plan_attention(starts if by_document else None, batch=BATCH, ranges=ranges)
+    packed = tuple(_on_device(span) for span in pack(plan, torch.device("cpu")))
+    layout = SequenceLayout(length=LENGTH, ranges=ranges, attention=plan, packed=packed)
     tensors = query_key_value()
     with DeviceCounter(outside="attention") as counter, DeviceStandIns(counter):
         module(*tensors, None, packed_seq_params=layout).sum().backward()
     assert_host_is_free(counter)
     assert all(tensor.grad is not None for tensor in tensors)
+    # gathers of two rows' keys, two kernels a run of tokens, sums of gradients: never a mask
+    assert counter.total().bytes < 40 * BATCH * LENGTH * (HEADS + GROUPS) * DIM * 2
+
+
+def _on_device(span: PackedSpan) -> PackedSpan:
+    ends = (torch.empty_like(e, device=META) for e in (span.query_ends, span.key_ends))
+    return replace(span, query_ends=next(ends), key_ends=next(ends))
 
 
 def test_whole_causal_rows_need_no_mask() -> None:
     config = transformer_config(tiny_config(window=None), device_is_cuda=False)
     groups: Any = SimpleNamespace(cp=None)
     module = TorchAttention(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
-    layout = SequenceLayout(length=LENGTH, ranges=[(0, LENGTH)])
+    plan = plan_attention(None, batch=BATCH, ranges=[(0, LENGTH)])
+    layout = SequenceLayout(length=LENGTH, ranges=[(0, LENGTH)], attention=plan)
     with DeviceCounter(outside="attention") as counter, DeviceStandIns(counter):
         module(*query_key_value(), None, packed_seq_params=layout)
     assert counter.total().kernels <= 2  # the fused kernel; making its output contiguous

@@ -25,6 +25,7 @@ def layout_of(rank: int, ranks: int, order: SequenceOrder, length: int = 64) -> 
         chunk_size=None,
         decay=1.0,
         mask_attention=False,
+        window=None,
         reset_positions=False,
         reset_fast_weights=False,
         scan=ScanSettings(group, order, ScanAlgorithm.auto, None),
