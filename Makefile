@@ -22,7 +22,7 @@ export OMP_NUM_THREADS ?= 1
 export PYTHONUNBUFFERED := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-gpu demo test test-quick lint format bench clean
+.PHONY: help setup setup-gpu demo test test-quick lint format bench gpu-trial clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -75,6 +75,9 @@ lint: setup ## style, types and import directions, without the tests
 format: setup ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+gpu-trial: setup ## everything that only a GPU can say, in stages (docs/gpu-trial.md)
+	$(BIN)/python tools/gpu_trial.py
 
 bench: setup ## the fast-weight layer against the materialising formulation and the plain MLP
 	$(BIN)/python tools/benchmark.py fast-weight-layer

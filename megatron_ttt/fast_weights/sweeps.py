@@ -30,6 +30,7 @@ from megatron_ttt.fast_weights.accumulate import accumulate_product
 from megatron_ttt.fast_weights.exchange import Direction, PendingCarries
 from megatron_ttt.fast_weights.groups import Group, groups_of
 from megatron_ttt.fast_weights.inside import InsideGradients, InsideScores, inside_backward
+from megatron_ttt.fast_weights.labels import Label, labelled
 from megatron_ttt.fast_weights.scale import line_norms
 from megatron_ttt.fast_weights.scan_call import ScanCall, ScanTensors
 
@@ -47,78 +48,96 @@ class FastWeightScan(torch.autograd.Function):
         carry_BDF: Tensor | None,
         call: ScanCall,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        own_keys = keys_BTF if write_keys_BTF is None else write_keys_BTF
-        tensors = ScanTensors(keys_BTF, targets_BTD, own_keys, weight_DF)
-        ctx.all_factors_SB = call.shared_factors()
-        entering_SBDF = _entering_states(tensors, carry_BDF, call, ctx.all_factors_SB)
-        ctx.call = call
-        ctx.carry_dtype = None if carry_BDF is None else carry_BDF.dtype
-        ctx.set_materialize_grads(False)
-
-        eta = call.eta
-        outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0])
-        if eta == 0:
-            torch.matmul(keys_BTF, weight_DF.T, out=outputs_BTD)
-        norms, scores = _StateNorms(tensors, call), []
-        sweep = _StateSweep(tensors, entering_SBDF, call)
-        for span, groups in enumerate(call.span_groups()):
-            sweep.enter(span)
-            for group in groups:
-                if sweep.live or group.segments:
-                    norms.note(sweep.state_BDF, group)
-                if eta != 0:
-                    sweep.apply(group, keys_BTF, outputs_BTD, transposed=True)
-                    scores += tensors.read_inside(group, outputs_BTD, call)
-                if group is not groups[-1] or span == call.spans - 1:
-                    sweep.advance(group)
-        ctx.save_for_backward(
-            keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores
-        )
-        squares_BN = norms.squares()
-        ctx.mark_non_differentiable(squares_BN)
-        return outputs_BTD, sweep.state_BDF, squares_BN
+        with labelled(Label.PRODUCTS):
+            return _forward(ctx, keys_BTF, targets_BTD, write_keys_BTF, weight_DF, carry_BDF, call)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, d_outputs_BTD: Tensor | None, d_state_BDF: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores = ctx.saved_tensors
-        own_keys = keys_BTF if write_keys_BTF is None else write_keys_BTF
-        tensors = ScanTensors(keys_BTF, targets_BTD, own_keys, weight_DF)
-        call: ScanCall = ctx.call
-        if d_outputs_BTD is None:
-            d_outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0]).zero_()
-        needs_keys, needs_targets, needs_write_keys, needs_weight = ctx.needs_input_grad[:4]
-        reverse = _GradientSweep(
-            tensors,
-            d_outputs_BTD,
-            d_state_BDF,
-            call,
-            needs_targets=needs_targets,
-            needs_write_keys=needs_keys if write_keys_BTF is None else needs_write_keys,
-            needs_weight=needs_weight,
-        )
-        pending = reverse.start_exchange(ctx.all_factors_SB)
+        with labelled(Label.PRODUCTS):
+            return _backward(ctx, d_outputs_BTD, d_state_BDF)
 
-        # Everything up to the wait needs no gradient from another rank: the exchange hides here.
-        sweep = _StateSweep(tensors, entering_SBDF, call)
-        if call.eta == 0:
-            torch.matmul(d_outputs_BTD, weight_DF, out=reverse.d_keys_BTF)
-        else:
-            for span, groups in enumerate(call.span_groups()):
-                sweep.enter(span)
-                for group in groups:
-                    sweep.apply(group, d_outputs_BTD, reverse.d_keys_BTF, transposed=False)
-                    if group is not groups[-1]:
-                        sweep.advance(group)
-            reverse.read_inside(iter(scores) if call.scores is InsideScores.KEPT else None)
-        del sweep
-        d_carry_BDF = reverse.run(pending)
-        d_carry = None if ctx.carry_dtype is None else d_carry_BDF.to(ctx.carry_dtype)
-        d_write_keys = None if write_keys_BTF is None else reverse.d_write_keys_BTF
-        d_weight = reverse.d_weight()
-        return reverse.d_keys_BTF, reverse.d_targets_BTD, d_write_keys, d_weight, d_carry, None
+
+def _forward(
+    ctx: Any,
+    keys_BTF: Tensor,
+    targets_BTD: Tensor,
+    write_keys_BTF: Tensor | None,
+    weight_DF: Tensor,
+    carry_BDF: Tensor | None,
+    call: ScanCall,
+) -> tuple[Tensor, Tensor, Tensor]:
+    own_keys = keys_BTF if write_keys_BTF is None else write_keys_BTF
+    tensors = ScanTensors(keys_BTF, targets_BTD, own_keys, weight_DF)
+    ctx.all_factors_SB = call.shared_factors()
+    entering_SBDF = _entering_states(tensors, carry_BDF, call, ctx.all_factors_SB)
+    ctx.call = call
+    ctx.carry_dtype = None if carry_BDF is None else carry_BDF.dtype
+    ctx.set_materialize_grads(False)
+
+    eta = call.eta
+    outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0])
+    if eta == 0:
+        torch.matmul(keys_BTF, weight_DF.T, out=outputs_BTD)
+    norms, scores = _StateNorms(tensors, call), []
+    sweep = _StateSweep(tensors, entering_SBDF, call)
+    for span, groups in enumerate(call.span_groups()):
+        sweep.enter(span)
+        for group in groups:
+            if sweep.live or group.segments:
+                norms.note(sweep.state_BDF, group)
+            if eta != 0:
+                sweep.apply(group, keys_BTF, outputs_BTD, transposed=True)
+                scores += tensors.read_inside(group, outputs_BTD, call)
+            if group is not groups[-1] or span == call.spans - 1:
+                sweep.advance(group)
+    ctx.save_for_backward(keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores)
+    squares_BN = norms.squares()
+    ctx.mark_non_differentiable(squares_BN)
+    return outputs_BTD, sweep.state_BDF, squares_BN
+
+
+def _backward(
+    ctx: Any, d_outputs_BTD: Tensor | None, d_state_BDF: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    keys_BTF, targets_BTD, write_keys_BTF, weight_DF, entering_SBDF, *scores = ctx.saved_tensors
+    own_keys = keys_BTF if write_keys_BTF is None else write_keys_BTF
+    tensors = ScanTensors(keys_BTF, targets_BTD, own_keys, weight_DF)
+    call: ScanCall = ctx.call
+    if d_outputs_BTD is None:
+        d_outputs_BTD = _empty_tokens(keys_BTF, weight_DF.shape[0]).zero_()
+    needs_keys, needs_targets, needs_write_keys, needs_weight = ctx.needs_input_grad[:4]
+    reverse = _GradientSweep(
+        tensors,
+        d_outputs_BTD,
+        d_state_BDF,
+        call,
+        needs_targets=needs_targets,
+        needs_write_keys=needs_keys if write_keys_BTF is None else needs_write_keys,
+        needs_weight=needs_weight,
+    )
+    pending = reverse.start_exchange(ctx.all_factors_SB)
+
+    # Everything up to the wait needs no gradient from another rank: the exchange hides here.
+    sweep = _StateSweep(tensors, entering_SBDF, call)
+    if call.eta == 0:
+        torch.matmul(d_outputs_BTD, weight_DF, out=reverse.d_keys_BTF)
+    else:
+        for span, groups in enumerate(call.span_groups()):
+            sweep.enter(span)
+            for group in groups:
+                sweep.apply(group, d_outputs_BTD, reverse.d_keys_BTF, transposed=False)
+                if group is not groups[-1]:
+                    sweep.advance(group)
+        reverse.read_inside(iter(scores) if call.scores is InsideScores.KEPT else None)
+    del sweep
+    d_carry_BDF = reverse.run(pending)
+    d_carry = None if ctx.carry_dtype is None else d_carry_BDF.to(ctx.carry_dtype)
+    d_write_keys = None if write_keys_BTF is None else reverse.d_write_keys_BTF
+    d_weight = reverse.d_weight()
+    return reverse.d_keys_BTF, reverse.d_targets_BTD, d_write_keys, d_weight, d_carry, None
 
 
 class _StateSweep:
@@ -260,7 +279,8 @@ class _GradientSweep:
     def run(self, pending: PendingCarries | None) -> Tensor:
         """Add the written rows' gradients; return that of the state entering the first span."""
         if pending is not None:
-            entering_SBDF = pending.wait()
+            with labelled(Label.SCAN):
+                entering_SBDF = pending.wait()
             shared_DF = None  # the summaries have given dW0 already
             live = True
         else:
@@ -350,7 +370,8 @@ def _entering_states(
             for group in groups:
                 tensors.write_group(summaries_SBDF[span], group, call)
             pending.provide(span, summaries_SBDF[span])  # its messages leave while the next is made
-    entering_SBDF = pending.wait()
+    with labelled(Label.SCAN):
+        entering_SBDF = pending.wait()
     if carry is not None:
         entering_SBDF[0].add_(carry)
     return entering_SBDF

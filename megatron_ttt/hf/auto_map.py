@@ -19,6 +19,7 @@ MODULES = (
     "fast_weights.exchange",
     "fast_weights.groups",
     "fast_weights.inside",
+    "fast_weights.labels",
     "fast_weights.scale",
     "fast_weights.scan_call",
     "fast_weights.sweeps",

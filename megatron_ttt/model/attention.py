@@ -7,9 +7,14 @@ for a micro-batch (``attention_plan.py``).
 Shape letters: B batch rows, L tokens of this rank, A heads, G key/value groups, E head dim.
 """
 
+import importlib
+import importlib.util
+import inspect
 import math
+import warnings
 from collections.abc import Sequence
 from enum import Enum
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,13 +23,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
+from megatron_ttt.fast_weights.labels import Label, labelled
 from megatron_ttt.model.attention_plan import AttentionPlan
 from megatron_ttt.model.block_attention import block_attention
 from megatron_ttt.model.masked_attention import masked_attention
 from megatron_ttt.model.sequence_layout import SequenceLayout
-from megatron_ttt.model.varlen_attention import PackedSpan, varlen_attention
+from megatron_ttt.model.varlen_attention import PackedSpan, VarlenKernel, varlen_attention
 from megatron_ttt.parallel.collectives import gather_sequences
 
 
@@ -57,6 +62,12 @@ class TorchAttention(MegatronModule):
         self.layer = layer_number - 1
         self.cp_group = pg_collection.cp
         self.window = config.window_size[0] + 1 if config.window_size is not None else None
+        if config.bf16 and not config.use_cpu_initialization and varlen_kernel() is None:
+            warnings.warn(
+                f"torch {torch.__version__} has no variable-length attention with windows and"
+                " groups: documents and windows are masked, which is slower and takes more memory",
+                stacklevel=2,
+            )
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -81,15 +92,16 @@ class TorchAttention(MegatronModule):
         assert layout.attention is not None
         key, value = gather_sequences(key, value, group=self.cp_group, order=layout.order)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        attended = attend(
-            query,
-            key,
-            value,
-            plan=layout.attention,
-            packed=layout.packed,
-            window=self.window,
-            scale=self.scale,
-        )
+        with labelled(Label.ATTENTION):
+            attended = attend(
+                query,
+                key,
+                value,
+                plan=layout.attention,
+                packed=layout.packed,
+                window=self.window,
+                scale=self.scale,
+            )
         return attended.permute(2, 0, 1, 3).flatten(2)
 
 
@@ -109,7 +121,18 @@ def kernel_for(tensor: Tensor) -> Kernel:
     if tensor.is_cpu:
         return Kernel.BLOCKS
     is_half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return Kernel.VARLEN if is_half and (tensor.is_cuda or tensor.is_meta) else Kernel.MASKED
+    fits = is_half and (tensor.is_cuda or tensor.is_meta) and varlen_kernel() is not None
+    return Kernel.VARLEN if fits else Kernel.MASKED
+
+
+@cache
+def varlen_kernel() -> VarlenKernel | None:
+    """Return torch's kernel for packed documents; ``None`` where it knows no windows or groups."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return None
+    kernel: VarlenKernel = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    needed = {"scale", "window_size", "enable_gqa"}
+    return kernel if needed <= inspect.signature(kernel).parameters.keys() else None
 
 
 def attend(
@@ -136,6 +159,8 @@ def attend(
         return block_attention(query, key, value, plan=plan, window=window, scale=scale)
     if kernel is Kernel.MASKED or plan.is_causal(query.shape[2], window):
         return masked_attention(query, key, value, plan=plan, window=window, scale=scale)
+    varlen = varlen_kernel()
+    assert varlen is not None
     return varlen_attention(
-        query, key, value, packed=packed, window=window, scale=scale, kernel=varlen_attn
+        query, key, value, packed=packed, window=window, scale=scale, kernel=varlen
     )
