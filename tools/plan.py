@@ -1,6 +1,7 @@
 """Plans a run without starting it: what a configuration amounts to, and what it costs.
 
 python tools/plan.py model +model=qwen3_4b parallel.tp=2 parallel.cp=4 [ranks=16]
+python tools/plan.py memory +model=qwen3_14b parallel.tp=4 parallel.cp=2 device=h100 [ranks=64]
 python tools/plan.py scan +model=qwen3_8b parallel.cp=8 train.seq_length=32768 plot=scan.png
 
 All other keys are those of launch/pretrain.py.
@@ -15,8 +16,10 @@ from typing import Any
 from megatron_ttt.config.bounds import COUNT, Bound
 from megatron_ttt.config.command import Command, run_command, tell
 from megatron_ttt.config.derived import model_parallel_size
+from megatron_ttt.config.devices import Device
+from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.load import PRETRAINING, check, describe, load_config, tell_idle_keys
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import Config, Precision
 
 
 @dataclass
@@ -24,6 +27,17 @@ class ModelKeys:
     """Print what a configuration would build, for any number of ranks."""
 
     ranks: int | None = None  # processes; null: one copy of the model
+    overrides: list[str] = field(default_factory=list)
+
+
+@dataclass
+class MemoryKeys:
+    """Print what a device of each pipeline stage holds, by part, in bf16."""
+
+    ranks: int | None = None  # processes; null: one copy of the model
+    device: Device = Device.h100  # a100, h100, h200, b200 or l40s
+    documents: int = 1  # in each row, equally long
+    output: Path | None = None  # JSON file for every number
     overrides: list[str] = field(default_factory=list)
 
 
@@ -51,6 +65,36 @@ def plan_model(keys: ModelKeys) -> int:
     return 0
 
 
+def plan_memory(keys: MemoryKeys) -> int:
+    """Print the table; 1 if it does not fit, with what would."""
+    config, ranks = _checked(keys.overrides, keys.ranks)
+    if keys.documents > config.train.seq_length:
+        message = f"a row has {config.train.seq_length} tokens"
+        raise ConfigError([Fault("documents", keys.documents, message)])
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    import json
+
+    from rich.console import Console
+
+    from megatron_ttt.benchmarks import memory_plan
+
+    config.train.precision = Precision.bf16
+    console = Console()
+    stages = memory_plan.plan_memory(config, ranks=ranks, documents=keys.documents)
+    memory_plan.report(config, stages, keys.device, console)
+    if keys.output is not None:
+        keys.output.write_text(json.dumps(memory_plan.as_record(stages), indent=2) + "\n")
+    if memory_plan.fits(stages, keys.device):
+        return 0
+    for line in memory_plan.advice(
+        config, ranks=ranks, device=keys.device, documents=keys.documents
+    ):
+        console.print(f"  {line}", highlight=False)
+    return 1
+
+
 def plan_scan(keys: ScanKeys) -> int:
     """Print the cost model's table."""
     # torch takes seconds to import: the other command does without it
@@ -74,6 +118,9 @@ def plan_scan(keys: ScanKeys) -> int:
 
 COMMANDS: dict[str, Command[Any]] = {
     "model": Command(ModelKeys, plan_model, bounds={"ranks": COUNT}, passes="overrides"),
+    "memory": Command(
+        MemoryKeys, plan_memory, bounds={"ranks": COUNT, "documents": COUNT}, passes="overrides"
+    ),
     "scan": Command(
         ScanKeys, plan_scan, bounds={"tflops": Bound(0, 1e9, open=True)}, passes="overrides"
     ),

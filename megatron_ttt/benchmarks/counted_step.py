@@ -34,6 +34,7 @@ from megatron_ttt.model import build
 from megatron_ttt.model.fast_weight_mlp import FastWeightMLP
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.parallel.cpu import megatron_on
+from megatron_ttt.parallel.scan_group import ScanGroup
 from megatron_ttt.training.distributed import Ranks, model_parallel
 from megatron_ttt.training.step import ForwardStep
 
@@ -58,6 +59,8 @@ def meta_ranks(config: Config) -> Iterator[Ranks]:
             "fake", store=FakeStore(), rank=0, world_size=model_parallel_size(config.parallel)
         )
         stack.callback(dist.destroy_process_group)
+        # The other ranks send nothing, so what they run cannot be compared.
+        stack.enter_context(mock.patch.object(ScanGroup, "check_equal"))
         here = stack.enter_context(model_parallel(config))
         yield replace(here, device=META)
 

@@ -313,7 +313,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 def _is_causal(packet: Any, args: Any) -> bool:
     """Flash attention's flag, after dropout, or the window of packed documents: all before."""
-    if packet in (torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward):
+    if str(packet) in ("torch_attn._varlen_attn", "torch_attn._varlen_attn_backward"):
         return [-1, 0] in args
     place = {
         aten._scaled_dot_product_flash_attention: 4,

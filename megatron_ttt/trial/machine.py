@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
+from megatron_ttt.config.devices import device_named
 from megatron_ttt.trial.stage import Call, Cell, Skipped, measured
 
-# Dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets (SXM parts); by part of the name.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
 _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "apex", "transformers")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def peak_tflops(name: str) -> float | None:
-    """Return a device's peak by its name; ``None`` for one that is not in the table."""
-    return next((peak for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    """Return a device's peak by the driver's name for it; ``None`` for one that is not known."""
+    device = device_named(name)
+    return None if device is None else device.value.peak_tflops
 
 
 def versions(call: Call) -> Iterator[Cell]:
