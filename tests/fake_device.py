@@ -26,6 +26,8 @@ from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.data.rows import Batch
 from megatron_ttt.fast_weights.documents import ChunkPlan
+from megatron_ttt.fast_weights.target import PLAIN
+from megatron_ttt.model import fast_weight_mlp
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import SequenceLayout
 from megatron_ttt.model.varlen_attention import PackedSpan, pack
@@ -83,6 +85,7 @@ def fake_cuda() -> Iterator[None]:
     accumulate = "megatron_ttt.fast_weights.accumulate._torch_has_wide_output"
     with (
         mock.patch(accumulate, lambda: False),
+        mock.patch.object(fast_weight_mlp, "conv_passes", lambda tokens: PLAIN),  # no kernel runs
         FakeTensorMode(allow_non_fake_inputs=True),
         megatron_on(torch.device("cuda", 0)),
         _WithoutDriver(),

@@ -91,7 +91,7 @@ def plan_memory(keys: MemoryKeys) -> int:
     for line in memory_plan.advice(
         config, ranks=ranks, device=keys.device, documents=keys.documents
     ):
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}", highlight=False, soft_wrap=True)
     return 1
 
 

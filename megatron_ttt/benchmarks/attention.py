@@ -173,7 +173,8 @@ def report(problem: AttentionProblem, rows: Sequence[Row], console: Console) -> 
         f"{problem.heads} heads, {problem.groups} groups, head dim {problem.head_dim},"
         f" {problem.documents} documents{window}, fp32, {torch.get_num_threads()} thread(s)"
     )
-    table = Table(title=title, title_justify="left", box=None)
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for heading in ("tokens", "ours (floor)", "masks", "masks / ours (rounds)", "MB", "masks, MB"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:

@@ -82,7 +82,8 @@ def report(problem: ChunkProblem, times: dict[int, list[float]], console: Consol
         f"hidden {problem.hidden}, ffn {problem.ffn}, {problem.tokens} tokens, {problem.device},"
         f" fp32, {torch.get_num_threads()} thread(s), {problem.rounds} rounds"
     )
-    table = Table(title=title, title_justify="left", box=None)
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
     for heading in ("chunk", "median", "best to worst", f"of chunk {problem.against} (rounds)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for size in sorted(times):

@@ -95,7 +95,7 @@ class LayerProblem:
         """Chunks that touch our state together."""
         plan = _plan(self.tokens, self.chunk, torch.device("cpu"))
         is_cpu = self.device == "cpu"
-        return group_size(plan, hidden=self.hidden, is_cpu=is_cpu, has_factors=False)
+        return group_size(plan, hidden=self.hidden, ffn=self.ffn, is_cpu=is_cpu, has_factors=False)
 
     @property
     def inside_products(self) -> float:

@@ -52,6 +52,26 @@ def sequence_parallel(parallel: ParallelConfig) -> bool:
     return parallel.sequence_parallel is Toggle.on
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """What travels while something else is computed."""
+
+    grad_reduce: bool
+    param_gather: bool
+
+
+def overlap(parallel: ParallelConfig, *, cuda: bool) -> Overlap:
+    """Return what ``null`` stands for: both on a GPU, neither without one.
+
+    Parameters are gathered only where data-parallel ranks share the optimizer.
+    """
+    reduce, gather = parallel.overlap_grad_reduce, parallel.overlap_param_gather
+    reduce = cuda if reduce is None else reduce
+    if gather is None:
+        gather = cuda and reduce and parallel.distributed_optimizer
+    return Overlap(reduce, gather)
+
+
 def model_parallel_size(parallel: ParallelConfig) -> int:
     """Ranks that hold one copy of the model and one sequence: ``tp * cp * pp``."""
     return parallel.tp * parallel.cp * parallel.pp

@@ -211,8 +211,9 @@ class ParallelConfig:
     scan_constants: str | None = None  # file of measured alpha and beta, for scan=auto
     cp_comm_type: str = "p2p"  # Transformer Engine's own context parallelism
     distributed_optimizer: bool = True
-    overlap_grad_reduce: bool = False
-    overlap_param_gather: bool = False
+    # sent while others are computed; null: on a GPU, and gathering where there is a share to gather
+    overlap_grad_reduce: bool | None = None
+    overlap_param_gather: bool | None = None
     bucket_size: int | None = None  # parameters reduced or gathered at once; null: Megatron's rule
     timeout_s: int = 1800
 

@@ -135,6 +135,7 @@ def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> O
         device_is_cuda: as in :func:`compute_dtype`.
     """
     optimizer = config.optimizer
+    cuda = torch.cuda.is_available() if device_is_cuda is None else device_is_cuda
     dtype = compute_dtype(config, device_is_cuda=device_is_cuda)
     return OptimizerConfig(
         optimizer="adam",
@@ -148,18 +149,19 @@ def optimizer_config(config: Config, *, device_is_cuda: bool | None = None) -> O
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_param_gather=derived.overlap(config.parallel, cuda=cuda).param_gather,
     )
 
 
-def ddp_config(parallel: ParallelConfig) -> DistributedDataParallelConfig:
+def ddp_config(parallel: ParallelConfig, *, device_is_cuda: bool) -> DistributedDataParallelConfig:
     """Gradients are summed in fp32 and never averaged: the loss is divided by the step's tokens."""
+    overlap = derived.overlap(parallel, cuda=device_is_cuda)
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         average_in_collective=False,
         use_distributed_optimizer=parallel.distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=overlap.grad_reduce,
+        overlap_param_gather=overlap.param_gather,
         bucket_size=parallel.bucket_size,
     )
 

@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_ttt.config import derived
 from megatron_ttt.config.bounds import (
@@ -13,18 +13,17 @@ from megatron_ttt.config.bounds import (
     TRAINING_BOUNDS,
     bound_faults,
     flat_values,
-    text_complaint,
 )
+from megatron_ttt.config.data_faults import data_faults
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.schema import (
     AttentionBackend,
     ComputeConfig,
     Config,
-    DataSource,
+    ParallelConfig,
     Precision,
     Recompute,
     RopeScaling,
-    TokenizerKind,
 )
 from megatron_ttt.parallel.layout import nearest_valid_lengths
 from megatron_ttt.rule import TargetSource
@@ -36,8 +35,6 @@ MOST_SAMPLES = 2**40  # far beyond every corpus; their numbers stay in 64 bits w
 _NEVER = ("no", "off", "false", "none", "null", "0", "n")  # what is typed instead of never
 _NOT_IN_WANDB = "/\\#?%:"  # wandb refuses them in the name of a project
 _LONGEST_IN_WANDB = 128
-_LARGEST_WEIGHT = 1e15
-BYTE_TOKENS = 258  # 256 bytes, end of document, padding
 
 
 def validate(
@@ -53,9 +50,10 @@ def validate(
     """
 
     def between(config: Config) -> Iterator[Fault]:
-        for check in (_optimizer_faults, _train_faults, _run_faults, _data_faults):
+        for check in (_optimizer_faults, _train_faults, _run_faults, data_faults):
             yield from check(config)
         yield from _batch_faults(config, world_size)
+        yield from _overlap_faults(config.parallel, cuda=cuda)
 
     return _all_faults(config, world_size, cuda, transformer_engine, between)
 
@@ -230,7 +228,7 @@ def _optimizer_faults(config: Config) -> Iterator[Fault]:
 
 
 def _train_faults(config: Config) -> Iterator[Fault]:
-    train, parallel = config.train, config.parallel
+    train = config.train
     if train.recompute is Recompute.selective:
         unknown = [name for name in train.recompute_modules if name not in RECOMPUTE_MODULES]
         if unknown or not train.recompute_modules:
@@ -239,20 +237,6 @@ def _train_faults(config: Config) -> Iterator[Fault]:
                 train.recompute_modules,
                 f"must name some of {', '.join(RECOMPUTE_MODULES)}",
             )
-    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
-        yield Fault(
-            "parallel.overlap_param_gather", True, "needs parallel.distributed_optimizer=true"
-        )
-    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        yield Fault(
-            "parallel.overlap_param_gather", True, "needs parallel.overlap_grad_reduce=true"
-        )
-    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
-        yield Fault(
-            "parallel.bucket_size",
-            parallel.bucket_size,
-            "needs parallel.overlap_grad_reduce=true: without it all is reduced at once",
-        )
     tokens = train.micro_batch_size * train.seq_length
     if tokens > INT32:
         yield Fault(
@@ -291,75 +275,6 @@ def _run_faults(config: Config) -> Iterator[Fault]:
             )
 
 
-def _data_faults(config: Config) -> Iterator[Fault]:
-    data, vocabulary = config.data, config.model.vocab_size
-    if data.tokenizer.kind is TokenizerKind.bytes and vocabulary < BYTE_TOKENS:
-        yield Fault(
-            "model.vocab_size",
-            vocabulary,
-            f"data.tokenizer.kind=bytes has {BYTE_TOKENS} tokens"
-            " (256 bytes, end of document, padding)",
-        )
-    if (
-        data.source is DataSource.python_stdlib
-        and data.tokenizer.kind is TokenizerKind.huggingface
-        and data.tokenizer.name is None
-    ):
-        yield Fault(
-            "data.tokenizer.name",
-            None,
-            "data.tokenizer.kind=huggingface needs the name or the folder of a tokenizer"
-            " (or data.tokenizer.kind=bytes)",
-        )
-    yield from _path_faults(data.path)
-    if data.source is DataSource.files and data.path is None and not config.run.dry_run:
-        yield Fault(
-            "data.path",
-            None,
-            "name the corpus: data.path=PREFIX of a .bin/.idx pair from tools/preprocess_data.py"
-            " (or data=python_stdlib)",
-        )
-    shares = data.split.split(",")
-    try:
-        numbers = [float(share) for share in shares]
-    except ValueError:
-        numbers = []
-    counted = len(numbers) == 3 and all(0 <= number < 1e30 for number in numbers)
-    if not counted or numbers[0] == 0:
-        yield Fault(
-            "data.split", data.split, "must be three shares train,validation,test such as 99,1,0"
-        )
-    elif config.validation.interval is not None and numbers[1] == 0:
-        yield Fault(
-            "data.split",
-            data.split,
-            f"leaves nothing to validate on, and validation.interval={config.validation.interval}",
-        )
-
-
-def _path_faults(path: Any) -> Iterator[Fault]:
-    """Yield the forms of ``data.path``; what the prefixes name is looked at when the run starts."""
-    if path is None:
-        return
-    prefixes = list(path) if isinstance(path, list | dict) else [path]
-    weights = list(path.values()) if isinstance(path, dict) else []
-    complaints = [text_complaint(item) if isinstance(item, str) else "" for item in prefixes]
-    if not prefixes or "" in complaints:
-        message = "must be the prefix of a .bin/.idx pair, a list of prefixes, or {prefix: weight}"
-        yield Fault("data.path", path, message)
-    elif isinstance(path, list | dict) and any(complaints):
-        message = next(complaint for complaint in complaints if complaint)
-        yield Fault("data.path", path, f"a prefix {message}")
-    elif len(set(prefixes)) < len(prefixes):
-        yield Fault("data.path", path, "names a prefix twice")
-    for weight in weights:
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (is_number and 0 < weight <= _LARGEST_WEIGHT):
-            message = f"a weight must be a number above 0 and at most {_LARGEST_WEIGHT:g}"
-            yield Fault("data.path", path, message)
-            break
-
-
 def _world_faults(config: ComputeConfig, world_size: int) -> Iterator[Fault]:
     """Yield what the number of processes does not fit."""
     parallel = config.parallel
@@ -384,6 +299,20 @@ def _batch_faults(config: Config, world_size: int) -> Iterator[Fault]:
             f" {_nearest(train.global_batch_size, rows)}"
         )
         yield Fault("train.global_batch_size", train.global_batch_size, message)
+
+
+def _overlap_faults(parallel: ParallelConfig, *, cuda: bool) -> Iterator[Fault]:
+    """Yield what is asked to travel in the background and cannot."""
+    found = derived.overlap(parallel, cuda=cuda)
+    if found.param_gather and not parallel.distributed_optimizer:
+        needed = "needs parallel.distributed_optimizer=true"
+        yield Fault("parallel.overlap_param_gather", True, needed)
+    needed = "needs parallel.overlap_grad_reduce=true"
+    if found.param_gather and not found.grad_reduce:
+        yield Fault("parallel.overlap_param_gather", True, needed)
+    if parallel.bucket_size is not None and not found.grad_reduce:
+        needed += ": without it all is reduced at once"
+        yield Fault("parallel.bucket_size", parallel.bucket_size, needed)
 
 
 def _device_faults(

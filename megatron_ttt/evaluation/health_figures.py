@@ -141,7 +141,7 @@ def loss_and_gradient(subject: Subject, rows: Sequence[Batch]) -> tuple[LossSum,
     model, config, groups = subject.model, subject.config, subject.ranks.groups
     # Whole gradients on every rank, not a shard for an optimizer.
     parallel = replace(config.parallel, distributed_optimizer=False)
-    settings = ddp_config(parallel)
+    settings = ddp_config(parallel, device_is_cuda=False)  # nothing overlaps
     wrapped = DistributedDataParallel(model.config, settings, model, pg_collection=groups)
     model.config.finalize_model_grads_func = finalize_model_grads
     wrapped.zero_grad_buffer()

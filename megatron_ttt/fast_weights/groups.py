@@ -64,17 +64,39 @@ class Group:
             yield block.rows, slice(self.start + block.start, self.start + block.stop)
 
 
-def group_size(plan: ChunkPlan, *, hidden: int, is_cpu: bool, has_factors: bool) -> int:
-    """Chunks of a group.
+# Operations that take as long as moving a byte of the state. CPU: measured with the projection of
+# 512 x 1536, 1024 x 3072 and, out of the cache, 2560 x 9728 (tools/benchmark.py chunk-sizes). GPU:
+# 720 TFLOP/s and 3 TB/s, of an H100's products and copies by published measurements.
+_BALANCE_CPU, _BALANCE_CPU_UNCACHED, _BALANCE_GPU = 10.0, 30.0, 240.0
+_CACHE_BYTES = 32 << 20
 
-    The state's passes cost bytes, scores inside a group operations: 256 tokens balance them on a
-    CPU (1024 where the state is large, which leaves its cache), 2048 on a GPU. Decay and factors
-    weigh what is read and written, which only groups of one chunk do without further products.
+
+def group_size(plan: ChunkPlan, *, hidden: int, ffn: int, is_cpu: bool, has_factors: bool) -> int:
+    """Chunks of a group. Decay and factors weigh what is read and written: groups of one chunk.
+
+    Args:
+        plan: whose chunks are grouped.
+        hidden, ffn: of the state; the local shard's under TP, where scores cost more of the whole.
+        is_cpu: which kind of device.
+        has_factors: whether the write rule has factors.
     """
     if has_factors or plan.decays:
         return 1
-    tokens = (1024 if hidden >= 2048 else 256) if is_cpu else 2048
-    return max(1, tokens // plan.chunk_size)
+    balance = _BALANCE_GPU
+    if is_cpu:
+        balance = _BALANCE_CPU if 4 * hidden * ffn <= _CACHE_BYTES else _BALANCE_CPU_UNCACHED
+    return max(1, group_tokens(hidden, ffn, balance) // plan.chunk_size)
+
+
+def group_tokens(hidden: int, ffn: int, balance: float) -> int:
+    """Return the power of two below the tokens that cost least.
+
+    A group of G tokens passes 17 times over an fp32 state of D x F (68 D F bytes) and computes
+    scores of G (4 F + 3 D) operations a token: least where both take equally long,
+    ``G^2 = balance * 68 D F / (4 F + 3 D)``.
+    """
+    best = math.sqrt(balance * 68 * hidden * ffn / (4 * ffn + 3 * hidden))
+    return 1 << max(0, math.floor(math.log2(best)))
 
 
 def groups_of(plan: ChunkPlan, *, chunks: int, spans: int) -> tuple[tuple[Group, ...], ...]:

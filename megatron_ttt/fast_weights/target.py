@@ -12,6 +12,8 @@ column shard), 1 and 5 as in torch's depthwise convolutions, N chunks, C tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ def target_from_source(
     *,
     plan: ChunkPlan,
     normalize: Normalize = Normalize.none,
+    passes: ConvPasses | None = None,
 ) -> Tensor:
     """``V = conv(U) @ W_target``, ``[B, T, E]`` in the source's dtype, zero on padding rows.
 
@@ -44,6 +47,7 @@ def target_from_source(
         plan: of the same tokens: chunk and document edges, padding (U is zeroed on it before the
             conv, V after).
         normalize: ``key_energy`` takes U at unit root mean square, row by row.
+        passes: what runs the convolution; None: this file's plain form.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -64,7 +68,7 @@ def target_from_source(
     if normalize is Normalize.key_energy:
         mixed_BTD = _unit_rms(mixed_BTD)
     if conv_weight_D15 is not None:
-        mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D15, plan)
+        mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D15, plan, passes or PLAIN)
         mixed_BTD = _without_padding(mixed_BTD, plan)
     return mixed_BTD if proj_weight_DE is None else mixed_BTD @ proj_weight_DE
 
@@ -81,6 +85,21 @@ def _unit_rms(source_BTD: Tensor) -> Tensor:
     return (wide_BTD * mean_square_BT1.clamp(min=_RMS_FLOOR).rsqrt()).to(source_BTD.dtype)
 
 
+@dataclass(frozen=True)
+class ConvPasses:
+    """The passes over the tokens that the convolution and its gradients are made of.
+
+    Attributes:
+        sum_of_neighbours: (tokens ``[B, T, D]``, weight ``[D, 5]``, plan, ``direction=`` 1 or -1)
+            to ``out_t = sum_j w_j * u_{t + direction (j - 2)}`` inside segments, ``[B, T, D]``.
+        products_with_neighbours: (left, right ``[B, T, D]``, plan) to the sums over tokens of
+            ``left_t * right_{t + j - 2}`` inside segments, ``[D, 5]``.
+    """
+
+    sum_of_neighbours: Callable[..., Tensor]
+    products_with_neighbours: Callable[..., Tensor]
+
+
 class _ChunkedConv(torch.autograd.Function):
     """``out_t = sum_j w_j * u_{t+j-2}`` inside each segment (chunk and document); saves U alone.
 
@@ -89,25 +108,27 @@ class _ChunkedConv(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, source_BTD: Tensor, weight_D15: Tensor, plan: ChunkPlan) -> Tensor:
+    def forward(
+        ctx: Any, source_BTD: Tensor, weight_D15: Tensor, plan: ChunkPlan, passes: ConvPasses
+    ) -> Tensor:
         ctx.save_for_backward(source_BTD, weight_D15)
-        ctx.plan = plan
-        return _sum_of_neighbours(source_BTD, weight_D15[:, 0], plan, direction=1)
+        ctx.plan, ctx.passes = plan, passes
+        return passes.sum_of_neighbours(source_BTD, weight_D15[:, 0], plan, direction=1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor | None, ...]:
+        passes: ConvPasses = ctx.passes
         source_BTD, weight_D15 = ctx.saved_tensors
         d_source_BTD = d_weight_D15 = None
         if ctx.needs_input_grad[0]:
-            d_source_BTD = _sum_of_neighbours(d_out_BTD, weight_D15[:, 0], ctx.plan, direction=-1)
+            d_source_BTD = passes.sum_of_neighbours(
+                d_out_BTD, weight_D15[:, 0], ctx.plan, direction=-1
+            )
         if ctx.needs_input_grad[1]:
-            taps = [
-                _product_with_neighbour(d_out_BTD, source_BTD, ctx.plan, offset=tap - _REACH)
-                for tap in range(KERNEL_SIZE)
-            ]
-            d_weight_D15 = torch.stack(taps, dim=1)[:, None].to(weight_D15.dtype)
-        return d_source_BTD, d_weight_D15, None
+            taps_D5 = passes.products_with_neighbours(d_out_BTD, source_BTD, ctx.plan)
+            d_weight_D15 = taps_D5[:, None].to(weight_D15.dtype)
+        return d_source_BTD, d_weight_D15, None, None
 
 
 def _sum_of_neighbours(
@@ -124,6 +145,14 @@ def _sum_of_neighbours(
         term = tokens_BTD[:, there] * weight_D5[:, tap].to(wide)
         out_BTD[:, here] += term.masked_fill_(_crosses_edge(plan, offset), 0.0)
     return out_BTD.to(tokens_BTD.dtype)
+
+
+def _products_with_neighbours(left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan) -> Tensor:
+    taps = [
+        _product_with_neighbour(left_BTD, right_BTD, plan, offset=tap - _REACH)
+        for tap in range(KERNEL_SIZE)
+    ]
+    return torch.stack(taps, dim=1)
 
 
 def _product_with_neighbour(
@@ -149,3 +178,6 @@ def _shifted(offset: int, length: int) -> tuple[slice, slice]:
 def _crosses_edge(plan: ChunkPlan, offset: int) -> Tensor:
     here, there = _shifted(offset, plan.length)
     return (plan.segments_BT[:, here] != plan.segments_BT[:, there])[..., None]
+
+
+PLAIN = ConvPasses(_sum_of_neighbours, _products_with_neighbours)

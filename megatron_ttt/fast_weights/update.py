@@ -175,6 +175,7 @@ def _group_chunks(keys_BTF: Tensor, write: Write, weight_DF: Tensor, plan: Chunk
     return group_size(
         plan,
         hidden=weight_DF.shape[0],
+        ffn=weight_DF.shape[1],
         is_cpu=keys_BTF.is_cpu,
         has_factors=write.factors_BN is not None,
     )

@@ -37,6 +37,7 @@ from megatron_ttt.fast_weights.target import target_from_source
 from megatron_ttt.fast_weights.update import fast_weight_scan
 from megatron_ttt.fast_weights.write_rules import TokenInputs, Write, WriteCall, write
 from megatron_ttt.model.bare_weight import BareWeight
+from megatron_ttt.model.conv_passes import conv_passes
 from megatron_ttt.model.remembered_scan import RememberedScan
 from megatron_ttt.model.sequence_layout import ReadingSession, SequenceLayout
 from megatron_ttt.parallel.collectives import replicate
@@ -227,7 +228,14 @@ class FastWeightMLP(MLP):
     def _targets(self, source: Tensor, plan: ChunkPlan, rule: UpdateRule) -> Tensor:
         """``V = conv(U) @ W_target``: ``[B, L, H]`` to the same, whole on every tensor rank."""
         conv, proj = self._parameter(CONV), self._parameter(PROJ)
-        targets = target_from_source(source, conv, proj, plan=plan, normalize=rule.normalize)
+        targets = target_from_source(
+            source,
+            conv,
+            proj,
+            plan=plan,
+            normalize=rule.normalize,
+            passes=conv_passes(source),
+        )
         if proj is None or self.tp_group.size() == 1:
             return targets
         return all_gather_last_dim_from_tensor_parallel_region(targets, group=self.tp_group)

@@ -247,15 +247,19 @@ def open_data(config: Config, source: Source, ranks: Ranks, progress: Progress) 
 
 def build_trainer(config: Config, ranks: Ranks, begin: Origin = Origin.DRAWN) -> Trainer:
     """Model, DDP, optimizer and schedule of this rank; ``begin``: where weights come from."""
+    on_gpu = ranks.device.type == "cuda"
     transformer = transformer_config(
         config,
-        device_is_cuda=ranks.device.type == "cuda",
+        device_is_cuda=on_gpu,
         deterministic=config.run.deterministic,
     )
     model = build_model(config, transformer, ranks.groups, begin).to(ranks.device)
     transformer.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
-        transformer, ddp_config(config.parallel), model, pg_collection=ranks.groups
+        transformer,
+        ddp_config(config.parallel, device_is_cuda=on_gpu),
+        model,
+        pg_collection=ranks.groups,
     )
     optimizer = get_megatron_optimizer(
         optimizer_config(config), [wrapped], use_gloo_process_groups=False

@@ -119,7 +119,7 @@ def test_optimizer() -> None:
 def test_gradients_are_summed_in_fp32() -> None:
     words = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
              "parallel.bucket_size=7"]  # fmt: skip
-    found = ddp_config(configured("+model=tiny", *words).parallel)
+    found = ddp_config(configured("+model=tiny", *words).parallel, device_is_cuda=False)
     assert found.grad_reduce_in_fp32 and not found.average_in_collective
     assert found.use_distributed_optimizer
     assert found.overlap_grad_reduce and found.overlap_param_gather
@@ -137,3 +137,24 @@ def test_an_engine_that_cannot_be_imported_is_not_passed_over(
     assert transformer_config(config, device_is_cuda=False).transformer_impl == "local"
     with pytest.raises(ConfigError, match="transformer_engine cannot be imported"):
         transformer_config(config, device_is_cuda=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "cuda", "reduce", "gather"),
+    [
+        ([], True, True, True),
+        ([], False, False, False),
+        (["parallel.distributed_optimizer=false"], True, True, False),
+        (["parallel.overlap_grad_reduce=false"], True, False, False),
+        (["parallel.overlap_param_gather=false"], True, True, False),
+        (["parallel.overlap_grad_reduce=true"], False, True, False),
+    ],
+)
+def test_what_overlaps_unless_it_is_said(
+    words: list[str], cuda: bool, reduce: bool, gather: bool
+) -> None:
+    config = configured("+model=tiny", *words)
+    found = ddp_config(config.parallel, device_is_cuda=cuda)
+    assert (found.overlap_grad_reduce, found.overlap_param_gather) == (reduce, gather)
+    optimizer = optimizer_config(config, device_is_cuda=cuda)
+    assert optimizer.overlap_param_gather is gather

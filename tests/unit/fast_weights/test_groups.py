@@ -53,16 +53,19 @@ def test_rows_of_one_structure_are_one_segment() -> None:
 
 def test_sizes() -> None:
     def size(**changes: Any) -> int:
-        given = {"hidden": 512, "is_cpu": True, "has_factors": False}
+        given = {"hidden": 512, "ffn": 1536, "is_cpu": True, "has_factors": False}
         return group_size(plan, **{**given, **changes})
 
     plan = plan_of([[0]], 4 * C)
-    assert size() == 256 // C and size(hidden=2560) == 1024 // C and size(is_cpu=False) == 2048 // C
+    qwen3_4b = {"hidden": 2560, "ffn": 9728}
+    assert size() == size(hidden=1024, ffn=3072) == 256 // C
+    assert size(**qwen3_4b) == 1024 // C and size(**qwen3_4b, is_cpu=False) == 2048 // C
+    assert size(hidden=2560, ffn=9728 // 8, is_cpu=False) == 1024 // C  # a shard of eight
     assert size(has_factors=True) == 1
     decaying = plan_chunks(None, batch=1, length=64, chunk_size=C, decay=0.9, device="cpu")
-    assert group_size(decaying, hidden=8, is_cpu=True, has_factors=False) == 1
+    assert group_size(decaying, hidden=8, ffn=16, is_cpu=True, has_factors=False) == 1
     large = plan_chunks(None, batch=1, length=1024, chunk_size=512, device="cpu")
-    assert group_size(large, hidden=8, is_cpu=True, has_factors=False) == 1
+    assert group_size(large, hidden=8, ffn=16, is_cpu=True, has_factors=False) == 1
 
 
 def solve(
