@@ -6,6 +6,7 @@ python tools/benchmark.py fast-weight-layer hidden=2560 ffn=9728 tokens=65536 dt
     device=cuda output=layer.json
 python tools/benchmark.py chunk-sizes sizes=[8,16,64,1024] against=256
 python tools/benchmark.py attention tokens=[4096,8192,16384] documents=20
+python tools/benchmark.py data megabytes=200 [tokenizer=FOLDER]
 python tools/benchmark.py scan ranks=8 write_constants=constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200
 python tools/benchmark.py decoding batch=[1,4]
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from megatron_ttt.config.bounds import COUNT, Bound
 from megatron_ttt.config.command import Command, run_command
+from megatron_ttt.config.devices import Device
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.scan_words import SequenceOrder
 
@@ -74,14 +76,15 @@ class Layer(Measured):
 def run_layer(keys: Layer) -> int:
     """Measure and print; 1 if the variants disagree."""
     from megatron_ttt.benchmarks import fast_weight_layer as benchmark
+    from megatron_ttt.benchmarks import layer_report
 
     problem = benchmark.LayerProblem(**keys.options())
     try:
         measurements, difference = benchmark.measure(problem)
     except RuntimeError as error:
         return failed(error)
-    benchmark.report(problem, measurements, difference, Console())
-    keys.write(benchmark.as_record(problem, measurements, difference))
+    layer_report.report(problem, measurements, difference, Console(width=110))
+    keys.write(layer_report.as_record(problem, measurements, difference))
     return 0
 
 
@@ -151,6 +154,33 @@ def run_attention(keys: Attention) -> int:
         return failed(error)
     benchmark.report(problem, rows, Console())
     keys.write(benchmark.as_record(problem, rows))
+    return 0
+
+
+@dataclass
+class Data(Measured):
+    """Measure preprocessing and the loader, beside what a GPU takes."""
+
+    megabytes: int = 100  # of text
+    tokenizer: str = "bytes"  # bytes, or a tokenizer's folder
+    lengths: list[int] = field(default_factory=lambda: [4096, 32768])  # tokens of a row
+    model: str = "qwen3_0_6b"  # of configs/model, the fastest consumer
+    device: Device = Device.h100  # a100, h100, h200, b200 or l40s
+    utilisation: float = 0.45  # of its peak
+
+
+def run_data(keys: Data) -> int:
+    """Measure and print."""
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ttt.benchmarks import data as benchmark
+
+    options = keys.options()
+    problem = benchmark.DataProblem(lengths=tuple(options.pop("lengths")), **options)
+    prepared, loaded = benchmark.measure(problem)
+    benchmark.report(problem, prepared, loaded, Console())
+    keys.write(benchmark.as_record(problem, prepared, loaded))
     return 0
 
 
@@ -327,6 +357,9 @@ COMMANDS = {
         run_attention,
         *("tokens", "documents", "heads", "groups", "head_dim", "rounds"),
         bounds={"window": Bound(0)},
+    ),
+    "data": command(
+        Data, run_data, "megabytes", "lengths", bounds={"utilisation": Bound(0, 1, open=True)}
     ),
     "checkpoint": command(Checkpoint, run_checkpoint, "hidden", "layers", "repeats"),
     "conversion": command(Conversion, run_conversion),

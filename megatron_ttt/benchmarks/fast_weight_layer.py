@@ -17,19 +17,18 @@ Shape suffixes: T tokens, D hidden, F ffn, N chunks, C tokens of a chunk.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from copy import copy
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from megatron_ttt.benchmarks.device_counter import META, DeviceCounter, DeviceStandIns
 from megatron_ttt.evaluation.memory import peak_bytes
 from megatron_ttt.fast_weights import Write, fast_weight_scan
 from megatron_ttt.fast_weights.documents import ChunkPlan, plan_chunks
@@ -156,6 +155,7 @@ class Measurement:
     matrix_traffic_bytes: int
     peak_bytes: int
     extra_bytes: int
+    launches: int
 
     @property
     def best(self) -> float:
@@ -276,6 +276,16 @@ class _Layer:
         """Return the most that one run holds beyond its inputs, results still alive included."""
         return peak_bytes(lambda: self.run(variant), torch.device(self.problem.device))
 
+    def launches(self, variant: Variant) -> int:
+        """Return the kernels that one run launches on a GPU, counted on meta tensors."""
+        there = copy(self)
+        there.inputs, there.weight_DF = [_on_meta(t) for t in self.inputs], _on_meta(self.weight_DF)
+        there.d_outputs_TD = self.d_outputs_TD.to(META)
+        there.leaves = [*there.inputs, there.weight_DF]
+        with DeviceCounter(outside="layer") as counter, DeviceStandIns(counter):
+            there.run(variant)
+        return counter.total().kernels
+
     def gemm(self) -> None:
         """One product of tokens x hidden x ffn: its best time is the machine's own rate."""
         torch.mm(self.gemm_keys_TF.detach(), self.weight_DF.detach().T, out=self.gemm_outputs_TD)
@@ -283,6 +293,10 @@ class _Layer:
     def _synchronize(self) -> None:
         if self.problem.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(META).requires_grad_()
 
 
 def largest_difference(layer: _Layer) -> float:
@@ -343,77 +357,7 @@ def measure(
             matrix_traffic_bytes=variant.matrix_traffic(problem),
             peak_bytes=peaks[variant.name],
             extra_bytes=peaks[variant.name] - peaks[DENSE],
+            launches=layer.launches(variant),
         )
         for variant in variants
     ], difference
-
-
-def ratios(measurements: list[Measurement]) -> dict[str, dict[str, float]]:
-    """How many times ours each other variant takes: of the best times, and round by round."""
-    ours, *others = measurements
-    return {
-        other.name: {
-            "best": other.best / ours.best,
-            **_spread([b / a for a, b in zip(ours.seconds, other.seconds, strict=True)]),
-        }
-        for other in others
-    }
-
-
-def _spread(values: list[float]) -> dict[str, float]:
-    return {"lowest": min(values), "median": statistics.median(values), "highest": max(values)}
-
-
-def as_record(
-    problem: LayerProblem, measurements: list[Measurement], difference: float
-) -> dict[str, object]:
-    """Everything measured, for a JSON file."""
-    return {
-        "problem": asdict(problem),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "largest_relative_difference": difference,
-        "variants": [asdict(measurement) for measurement in measurements],
-        "times_ours": ratios(measurements),
-    }
-
-
-def report(
-    problem: LayerProblem, measurements: list[Measurement], difference: float, console: Console
-) -> None:
-    """Print the table, and one line per comparison."""
-    table = Table(
-        title=f"{problem.part}, forward + backward: hidden {problem.hidden}, ffn {problem.ffn}, "
-        f"{problem.tokens} tokens, chunk {problem.chunk}, {problem.dtype}, {problem.device}"
-    )
-    table.add_column("variant", no_wrap=True)
-    headings = ("best ms", "worst ms", "GEMM floor ms", "matrix MB", "peak MB", "extra MB")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for measurement in measurements:
-        table.add_row(
-            measurement.name,
-            f"{measurement.best * 1e3:.1f}",
-            f"{max(measurement.seconds) * 1e3:.1f}",
-            f"{measurement.floor_seconds * 1e3:.1f}",
-            f"{measurement.matrix_traffic_bytes / 1e6:.0f}",
-            f"{measurement.peak_bytes / 1e6:.1f}",
-            f"{measurement.extra_bytes / 1e6:.1f}",
-        )
-    console.print(table)
-    console.print(
-        "GEMM floor: the variant's products at the rate of one large one. matrix: its hidden x ffn "
-        "matrices read and written. peak: beyond inputs. extra: beyond dense.",
-        style="dim",
-    )
-    for name, ratio in ratios(measurements).items():
-        console.print(
-            f"{name} takes {ratio['best']:.2f} times ours "
-            f"(rounds {ratio['lowest']:.2f} to {ratio['highest']:.2f})"
-        )
-    ours, materialising, _ = measurements
-    console.print(
-        f"extra memory: {ours.extra_bytes / materialising.extra_bytes:.3f} of materialising; "
-        f"largest relative difference {difference:.1e}; "
-        f"threads: {torch.get_num_threads()}"
-    )

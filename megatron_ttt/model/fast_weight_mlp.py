@@ -21,6 +21,7 @@ H hidden, F ffn / tp.
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
@@ -181,7 +182,11 @@ class FastWeightMLP(MLP):
 
     def _keys(self, inputs: Tensor) -> Tensor:
         """``Z = act(X Wg^T) * (X Wu^T)``: ``[L, B, F]``."""
-        gate, up = self.linear_fc1(inputs)[0].chunk(2, dim=-1)
+        gate_up = self.linear_fc1(inputs)[0]
+        if self.config.bias_activation_fusion:  # one kernel, which keeps its input alone
+            fused: Tensor = bias_swiglu_impl(gate_up, None)
+            return fused
+        gate, up = gate_up.chunk(2, dim=-1)
         return self.config.activation_func(gate) * up
 
     def _source(self, inputs: Tensor, layout: SequenceLayout) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ttt.benchmarks import decoding
 from megatron_ttt.benchmarks import fast_weight_layer as layer
+from megatron_ttt.benchmarks.layer_report import as_record
 from megatron_ttt.model.attention import attend, kernel_for
 from megatron_ttt.model.attention_plan import plan_attention
 from megatron_ttt.model.varlen_attention import pack
@@ -65,7 +66,7 @@ def _layer(
     ]
     if len(found) < len(layer.VARIANTS):
         words.append("materialising does not fit")
-    return "; ".join(words), layer.as_record(problem, found, difference)
+    return "; ".join(words), as_record(problem, found, difference)
 
 
 def attention_kernels(call: Call) -> Iterator[Cell]:

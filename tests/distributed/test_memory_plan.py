@@ -57,6 +57,7 @@ class Held:
     gradients: int
     optimizer: int
     saved: int
+    loss: float
 
 
 def held(rank: int, ranks: int, config: Config) -> Held:
@@ -67,13 +68,14 @@ def held(rank: int, ranks: int, config: Config) -> Held:
         batch = global_batch(config, 0, packed=config.data.reset_fast_weights)
         trainer.train_step(micro_batches_of(batch, config, here))
         parameters = list(trainer.stage.parameters())
-        saved = 0
+        saved, loss = 0, 0.0
         if config.parallel.pp == 1:
             step = ForwardStep(config, here, scan=trainer.scan, mode=config.ttt.mode)
             with saving([*parameters, *_buffers(trainer)]) as storages:
                 output, loss_of = step(micro_batches_of(batch, config, here), trainer.stage)
                 total = loss_of(output)[0]
             total.backward()
+            loss = float(total.detach())
             saved = sum(storages.values())
         return Held(
             sum(parameter.numel() for parameter in parameters),
@@ -81,6 +83,7 @@ def held(rank: int, ranks: int, config: Config) -> Held:
             sum(_bytes(buffer.grad_data) for buffer in trainer.model.buffers),
             sum(_bytes(tensor) for tensor in _states(trainer.optimizer)),
             saved,
+            loss,
         )
 
 
@@ -209,3 +212,13 @@ def test_layers_keep_what_was_counted(pool: RankPool, ranks: int, changes: dict[
     # A GPU joins the outputs of a rank's two spans by a copy, and keeps both.
     bound = 0.07 if config.parallel.cp > 1 else 0.02
     assert counted * (1 - bound) <= found.saved <= counted * 1.02
+
+
+def test_a_gpus_functions_compute_the_same(pool: RankPool) -> None:
+    """SwiGLU of both kinds of layers, and norms, fused and not."""
+    config = tiny_config()
+    plain, fused = (
+        pool.run(run, config, ranks=1, timeout=120)[0] for run in (held, held_as_on_a_gpu)
+    )
+    assert fused.loss == pytest.approx(plain.loss, rel=1e-6)
+    assert fused.saved < 0.9 * plain.saved

@@ -22,12 +22,13 @@ def counted(*words: str, documents: int = 1) -> tuple[Counts, Counts]:
 
 def test_one_document() -> None:
     forward, backward = counted("data.reset_attention=false")
-    assert forward.kernels <= 166 and backward.kernels <= 205
-    assert forward.bytes <= 75.7e9 and backward.bytes <= 72.6e9
+    # Megatron's SwiGLU, one kernel on a GPU, is counted in its parts: 7 in the fast layer's backward
+    assert forward.kernels <= 166 and backward.kernels <= 205 + 7
+    assert forward.bytes <= 75.7e9 and backward.bytes <= 75.2e9
     assert (forward + backward).syncs == 0
     assert forward.uploads <= 8 and (forward + backward).pageable == 0
     assert forward.host_operations <= 55 and backward.host_operations == 0  # the layout's alone
-    assert forward.saved_bytes <= 7.26e9
+    assert forward.saved_bytes <= 7.10e9
 
 
 def test_a_loss_in_pieces_keeps_no_logits() -> None:
