@@ -45,6 +45,20 @@ def reads_input_embeddings(config: ComputeConfig) -> bool:
     return bool(ttt_layers(config)) and config.ttt.target is TargetSource.input_embeddings
 
 
+def unread_writes(config: ComputeConfig) -> str | None:
+    """Return a notice where rows are too short for fast weights to be read at all, else ``None``.
+
+    A chunk reads what earlier chunks wrote: a row of one chunk reads nothing.
+    """
+    length, chunk_size = config.train.seq_length, config.ttt.chunk_size
+    if not ttt_layers(config) or length > chunk_size:
+        return None
+    return (
+        f"notice: ttt.chunk_size={chunk_size}: a row of {length} tokens is one chunk, so nothing"
+        " that fast weights write is ever read; give a smaller one, or longer rows"
+    )
+
+
 def sequence_parallel(parallel: ParallelConfig) -> bool:
     """``auto`` means on as soon as there is tensor parallelism."""
     if parallel.sequence_parallel is Toggle.auto:

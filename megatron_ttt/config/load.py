@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from megatron_ttt.config.derived import model_parallel_size
+from megatron_ttt.config.derived import model_parallel_size, unread_writes
 from megatron_ttt.config.effects import (
     TRAINING_EFFECTS,
     Effects,
@@ -241,6 +241,9 @@ def run_with_config(
     """
 
     def start(config: Config) -> int:
+        notice = unread_writes(config)
+        if notice is not None and launched().is_first:
+            print(notice, file=sys.stderr)
         if config.run.dry_run:
             if launched().is_first:
                 print(describe(config, world_size=training_ranks(config)))

@@ -43,7 +43,7 @@ class TTTMode(Enum):
 
 
 class Precision(Enum):
-    """``auto``: bf16 with fp32 master weights on a GPU, fp32 on CPU."""
+    """``auto``: bf16 with fp32 master weights on a GPU, fp32 on a CPU; bf16 works there as well."""
 
     auto = "auto"
     fp32 = "fp32"

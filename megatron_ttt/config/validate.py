@@ -21,7 +21,6 @@ from megatron_ttt.config.schema import (
     ComputeConfig,
     Config,
     ParallelConfig,
-    Precision,
     Recompute,
     RopeScaling,
 )
@@ -328,8 +327,6 @@ def _device_faults(
             "layernorm needs the package transformer_engine, which Megatron-core asks for its"
             " state there; use core_attn, mlp",
         )
-    if config.train.precision is Precision.bf16 and not cuda:
-        yield Fault("train.precision", config.train.precision, "needs a GPU; use auto or fp32")
     backend = config.model.attention
     if backend is not AttentionBackend.transformer_engine:
         return

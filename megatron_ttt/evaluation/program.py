@@ -12,8 +12,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from megatron_ttt.config.derived import unread_writes
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.launcher import launched
+from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.conversion.manifest import HF_SCHEME
 from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
 from megatron_ttt.evaluation.report import Report, print_report, write_report
@@ -70,6 +72,9 @@ def evaluate_checkpoint(checkpoint: str, config: EvaluationConfig) -> Report:
     with open_subject(source, config, length=longest) as subject:
         console = Console(quiet=not subject.ranks.is_first)
         console.print(f"{config.task.name} of {source.path}", highlight=False, soft_wrap=True)
+        notice = unread_writes(subject.config)
+        if notice is not None and TTTMode.in_place in subject.modes:
+            console.print(notice, highlight=False, soft_wrap=True)
         folder, name = output_folder(source, config), file_name(config)
         lock, say = folder / f"{name}.lock", partial(console.print, highlight=False, soft_wrap=True)
         with first_rank_holds(lock, subject.ranks, say, key=("output", str(folder))):

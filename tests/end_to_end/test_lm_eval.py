@@ -258,3 +258,19 @@ def test_the_harness_reports_what_the_model_computes(
     expected.check(off, until=until)
     for task in TASKS:
         assert found.answers[task] != off.answers[task], f"{task}: fast weights change nothing"
+
+
+def test_the_harness_prints_headings() -> None:
+    """An old pytablewriter, which some resolutions of versions end with, prints A, B, C and D."""
+    from lm_eval.utils import make_table
+
+    scores = {"alias": "task", "acc,none": 0.5, "acc_stderr,none": 0.1}
+    printed = make_table(
+        {
+            "results": {"task": scores},
+            "versions": {"task": 1},
+            "n-shot": {"task": 0},
+            "higher_is_better": {"task": {"acc": True}},
+        }
+    )
+    assert printed.splitlines()[0].split("|")[1].strip() == "Tasks"

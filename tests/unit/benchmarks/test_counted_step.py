@@ -22,7 +22,7 @@ def counted(*words: str, documents: int = 1) -> tuple[Counts, Counts]:
 
 def test_one_document() -> None:
     forward, backward = counted("data.reset_attention=false")
-    # Megatron's SwiGLU, one kernel on a GPU, is counted in its parts: 7 in the fast layer's backward
+    # Megatron's SwiGLU, one kernel on a GPU, is counted in its parts: 7 more in the backward
     assert forward.kernels <= 166 and backward.kernels <= 205 + 7
     assert forward.bytes <= 75.7e9 and backward.bytes <= 75.2e9
     assert (forward + backward).syncs == 0

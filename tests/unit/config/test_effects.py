@@ -198,3 +198,22 @@ def test_other_keys_of_an_evaluation(words: list[str], key: str, expected: str) 
     if key == "ttt.eta":
         config.ttt.eta = 1.0
     assert notices(config, EVALUATION_EFFECTS, {key}) == [f"notice: {expected}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train.seq_length=1024", "ttt.chunk_size=1024"], True),
+        (["train.seq_length=1000", "ttt.chunk_size=1024"], True),
+        (["train.seq_length=1024", "ttt.chunk_size=1023"], False),
+        (["train.seq_length=1024", "ttt.chunk_size=1024", "ttt=off"], False),
+    ],
+)
+def test_rows_of_one_chunk_are_told(
+    words: list[str], says: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing that fast weights write would be read: said by the dry run as by the run."""
+    for more in ([], ["run.dry_run=true"]):
+        assert run_with_config(lambda config, given: 0, ["+model=tiny", *words, *more]) == 0
+        told = capsys.readouterr().err
+        assert ("nothing that fast weights write is ever read" in told) is says

@@ -100,7 +100,6 @@ def faults(
             1,
             "parallel.bucket_size=0: must be at least 1",
         ),
-        ([*BIG, "train.precision=bf16"], 1, "train.precision=bf16: needs a GPU; use auto or fp32"),
         ([*BIG, "ttt.chunk_size=0"], 1, "ttt.chunk_size=0: must be at least 1"),
         ([*BIG, "ttt.eta=-1"], 1, "ttt.eta=-1.0: must be at least 0"),
         ([*BIG, "ttt.eta=nan"], 1, "ttt.eta=nan: must be at least 0"),
