@@ -178,17 +178,22 @@ def run_export(keys: Export) -> int:
 
 
 def run_diff(keys: Diff) -> int:
-    """Print what differs; 1 if anything does."""
+    """Print what differs; 1 if anything does but what fast weights add to a plain model."""
     from megatron_ttt.conversion.difference import differences
 
     if len(keys.folders) != 2:
         raise ConfigError([Fault("folders", keys.folders, "must be two folders")])
-    count = 0
+    found = []
     for difference in differences(*keys.folders):
-        count += 1
+        found.append(difference)
         largest = "" if difference.largest is None else f"  max |a-b| = {difference.largest:.3e}"
         print(f"{difference.name}: {difference.what}{largest}")
-    print("equal" if count == 0 else f"{count} tensors differ")
+    added = sum(difference.is_addition for difference in found)
+    count = len(found) - added
+    if added and not count:
+        print(f"equal in all that both have; {added} tensors of fast weights on one side alone")
+    else:
+        print("equal" if count == 0 else f"{count} tensors differ")
     return 0 if count == 0 else 1
 
 
@@ -236,6 +241,7 @@ def _verifier(
 
         written = (MegatronFolder if (path / "metadata.json").exists() else HFFolder)(path)
         hf, megatron = sides(written)
+        print("compared     largest error, of the largest value")
         with distributed(ComputeConfig()) as ranks:
             verify(
                 compare_models(hf, megatron, model, ttt, ranks.groups),

@@ -15,6 +15,7 @@ from megatron_ttt.conversion.manifest import described_model
 from megatron_ttt.conversion.opened import holds_hugging_face
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import target_generator
+from megatron_ttt.rule import added_start
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,18 @@ class Difference:
         name: of the tensor.
         what: in words.
         largest: largest absolute difference of its elements; ``None`` where it has no meaning.
+        is_common: whether both sides have it.
     """
 
     name: str
     what: str
     largest: float | None = None
+    is_common: bool = True
+
+    @property
+    def is_addition(self) -> bool:
+        """Whether one side alone has it, because fast weights add it to a plain model."""
+        return not self.is_common and added_start(self.name) is not None
 
 
 class Tensors(Protocol):
@@ -96,7 +104,7 @@ def differences(
     of_a, of_b = a.describe(), b.describe()
     for name, (shape, dtype) in of_a.items():
         if name not in of_b:
-            yield Difference(name, "only in the first")
+            yield Difference(name, "only in the first", is_common=False)
             continue
         other_shape, other_dtype = of_b[name]
         if shape != other_shape:
@@ -117,7 +125,7 @@ def differences(
             yield Difference(name, ", ".join(words), largest)
     for name in of_b:
         if name not in of_a:
-            yield Difference(name, "only in the second")
+            yield Difference(name, "only in the second", is_common=False)
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:

@@ -51,13 +51,16 @@ class Losses:
         """Loss per token, over all rows and bins."""
         return float(self.total_NP.sum() / self.count_NP.sum())
 
-    def error_of_difference(self, other: Losses) -> list[float]:
-        """Return the standard error over rows of the mean difference, per bin: rows are paired."""
+    def error_of_difference(self, other: Losses) -> list[float | None]:
+        """Return the standard error over rows of the mean difference, per bin: rows are paired.
+
+        ``None`` with one row, which says nothing about others.
+        """
         difference_NP = self.total_NP / self.count_NP - other.total_NP / other.count_NP
         rows = len(difference_NP)
         if rows < 2:
-            return [math.nan] * difference_NP.shape[1]
-        return (difference_NP.std(dim=0) / math.sqrt(rows)).tolist()
+            return [None] * difference_NP.shape[1]
+        return [float(error) for error in difference_NP.std(dim=0) / math.sqrt(rows)]
 
 
 def forward_step(subject: Subject, mode: TTTMode) -> ForwardStep:

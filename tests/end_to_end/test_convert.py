@@ -123,7 +123,7 @@ def test_import_train_export(convert: Convert, tmp_path: Path) -> None:
     exported = convert("export", *places(tmp_path / "run0", tmp_path / "back"), "verify=true")
     assert exported.status == 0, exported.stderr
     stages = [line.split()[0] for line in exported.stdout.splitlines()]
-    assert stages == ["embedding", "layer", "layer", "logits", "exported"]
+    assert stages == ["compared", "embedding", "layer", "layer", "logits", "exported"]
     assert (tmp_path / "back" / "tokenizer.json").exists()  # found where the run began
     config = json.loads((tmp_path / "back" / "config.json").read_text())
     assert config["model_type"] == "qwen3_ttt" and "auto_map" in config

@@ -124,6 +124,20 @@ def test_a_bias_without_a_place_is_refused_unless_zero(tmp_path: Path) -> None:
         import_folder(tmp_path / "hf", tmp_path / "megatron")
 
 
+def test_what_fast_weights_add_is_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export beside the model it began with: equal, but for the target generator."""
+    from tools.convert_checkpoint import main
+
+    write_hf(tmp_path / "plain", QWEN3)
+    import_folder(tmp_path / "plain", tmp_path / "megatron", ttt=TTTConfig(layers=[0]))
+    assert main(["diff", str(tmp_path / "megatron"), str(tmp_path / "plain")]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "equal in all that both have; 2 tensors of fast weights on one side alone"
+    assert [line.split(":")[1] for line in lines] == [" only in the first"] * 2
+
+
 def test_differences_name_what_differs(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
