@@ -30,7 +30,7 @@ from megatron_ttt.config.derived import (
 )
 from megatron_ttt.config.devices import Device
 from megatron_ttt.config.memory import static_memory
-from megatron_ttt.config.schema import Config, Recompute, TTTMode
+from megatron_ttt.config.schema import Config, Recompute, Trainable, TTTMode
 from megatron_ttt.parallel.cost import GPU_CLUSTER, predict
 from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
@@ -213,6 +213,8 @@ def report(config: Config, stages: list[StageMemory], device: Device, console: C
     console.print(table)
     most, has = max(stage.total for stage in stages) / GIB, room(device) / GIB
     console.print()
+    if config.train.trainable is not Trainable.all:
+        console.print("activations are counted as if all layers were trained: an upper bound")
     verdict = "fits" if fits(stages, device) else "does not fit"
     console.print(
         f"{verdict} {device.name}: {most:.1f} of {has:.1f} GiB"

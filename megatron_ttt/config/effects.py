@@ -249,6 +249,7 @@ TRAINING_EFFECTS: Effects = {
     "train.precision": ALWAYS,
     "train.recompute": ALWAYS,
     "train.loss_tokens": ALWAYS,
+    "train.trainable": ALWAYS,  # validate.py refuses what it needs
     "train.recompute_modules": (
         Condition("train.recompute", lambda c: c.train.recompute is Recompute.selective),
     ),

@@ -5,7 +5,7 @@ sweep that context parallelism needs are not counted: they are cost, not work of
 """
 
 from megatron_ttt.config.derived import ttt_layers
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import Config, Trainable
 from megatron_ttt.rule import KERNEL_SIZE
 
 
@@ -14,7 +14,8 @@ def training_flops(config: Config, *, tokens: float, pairs: float) -> float:
 
     Backward costs twice the forward, but for the fast weight: its down projection takes 2 products
     forward and 5 backward where a dense one takes 1 and 2; the target adds its projection and the
-    depthwise convolution.
+    depthwise convolution. A frozen layer (``train.trainable``) has no gradient of its weights, and
+    below the lowest trained layer no backward at all.
     """
     model, ttt = config.model, config.ttt
     hidden, queries = model.hidden_size, model.heads * model.head_dim
@@ -22,11 +23,20 @@ def training_flops(config: Config, *, tokens: float, pairs: float) -> float:
     attention = 2 * hidden * (queries + 2 * keys) + 2 * queries * hidden
     mlp = 3 * 2 * hidden * model.ffn_hidden_size
     output = 2 * hidden * model.vocab_size
-    per_token = 3.0 * (model.layers * (attention + mlp) + output)
+    fast = ttt_layers(config)
+    lowest = 0 if config.train.trainable is Trainable.all else min(fast)
+    reached = model.layers - lowest  # layers that a gradient passes
+    trained = {
+        Trainable.all: model.layers,
+        Trainable.fast_layers: len(fast),
+        Trainable.target_generator: 0,
+    }[config.train.trainable]
+    per_token = (model.layers + reached + trained) * float(attention + mlp)
+    per_token += (3.0 if config.train.trainable is Trainable.all else 2.0) * output
     extra = 4 * 2 * hidden * model.ffn_hidden_size
     extra += 3 * (2 * hidden * hidden * ttt.proj + 2 * KERNEL_SIZE * hidden * ttt.conv)
-    per_token += len(ttt_layers(config)) * extra
-    return per_token * tokens + 3.0 * model.layers * 4 * queries * pairs
+    per_token += len(fast) * extra
+    return per_token * tokens + (model.layers + 2.0 * reached) * 4 * queries * pairs
 
 
 def training_flops_per_token(config: Config) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_ttt.config.derived import padded_vocab_size, ttt_layers
-from megatron_ttt.config.schema import ComputeConfig, Config
+from megatron_ttt.config.schema import ComputeConfig, Config, Trainable
 from megatron_ttt.rule import Placement, added_parameters
 
 _FP32 = 4
@@ -22,7 +22,7 @@ class StaticMemory:
     Attributes:
         parameters: elements that the rank holds.
         weights: in the compute dtype.
-        gradients: sums in fp32, of every parameter.
+        gradients: sums in fp32, of every parameter that is trained.
         optimizer: moments, and fp32 master weights beside bf16 ones; a share of them where
             data-parallel ranks share the optimizer.
     """
@@ -43,22 +43,20 @@ def static_memory(config: Config, *, stage: int, shards: int, compute_bytes: int
             under ``parallel.distributed_optimizer``.
         compute_bytes: of one weight, 2 in bf16.
     """
-    parameters = stage_parameters(config, stage)
+    parameters, trained = stage_parameters(config, stage), trained_parameters(config, stage)
     masters = _FP32 if compute_bytes < _FP32 else 0
-    state = parameters * (_MOMENTS + masters)
+    state = trained * (_MOMENTS + masters)
     if config.parallel.distributed_optimizer:
         state = -(-state // shards)
-    return StaticMemory(parameters, parameters * compute_bytes, parameters * _FP32, state)
+    return StaticMemory(parameters, parameters * compute_bytes, trained * _FP32, state)
 
 
 def stage_parameters(config: ComputeConfig, stage: int) -> int:
     """Return the elements that one tensor-parallel rank of a pipeline stage holds."""
     model, parallel = config.model, config.parallel
     tp, pp, hidden = parallel.tp, parallel.pp, config.model.hidden_size
-    count = model.layers // pp
-    layers = range(stage * count, (stage + 1) * count)
-    fast = len(set(layers) & set(ttt_layers(config)))
-    total = count * layer_parameters(config) + fast * _added_parameters(config)
+    fast = len(_fast_layers(config, stage))
+    total = model.layers // pp * layer_parameters(config) + fast * _added_parameters(config)
     rows = padded_vocab_size(model, tp) // tp * hidden
     first, last = stage == 0, stage == pp - 1
     if last:
@@ -66,6 +64,21 @@ def stage_parameters(config: ComputeConfig, stage: int) -> int:
     # A tied output layer on a stage of its own is a copy of the embedding.
     total += rows * (first + last) if pp > 1 or not model.tied_embeddings else rows
     return total
+
+
+def trained_parameters(config: Config, stage: int) -> int:
+    """Return the elements among :func:`stage_parameters` that a run changes."""
+    if config.train.trainable is Trainable.all:
+        return stage_parameters(config, stage)
+    own = _added_parameters(config)
+    if config.train.trainable is Trainable.fast_layers:
+        own += layer_parameters(config)
+    return len(_fast_layers(config, stage)) * own
+
+
+def _fast_layers(config: ComputeConfig, stage: int) -> set[int]:
+    count = config.model.layers // config.parallel.pp
+    return set(range(stage * count, (stage + 1) * count)) & set(ttt_layers(config))
 
 
 def layer_parameters(config: ComputeConfig) -> int:

@@ -61,6 +61,18 @@ class Recompute(Enum):
     full = "full"
 
 
+class Trainable(Enum):
+    """Which parameters a run changes; the others keep their bytes and cost no gradient.
+
+    ``fast_layers``: those of the layers with fast weights. ``target_generator``: only what fast
+    weights add to a model.
+    """
+
+    all = "all"
+    fast_layers = "fast_layers"
+    target_generator = "target_generator"
+
+
 class Schedule(Enum):
     constant = "constant"
     linear = "linear"
@@ -250,6 +262,7 @@ class PassConfig:
 class TrainConfig(PassConfig):
     steps: int = 1000
     global_batch_size: int = 8
+    trainable: Trainable = Trainable.all
 
 
 @dataclass

@@ -9,7 +9,7 @@ from math import prod
 from megatron_ttt.config import derived
 from megatron_ttt.config.faults import Fault
 from megatron_ttt.config.flops import training_flops_per_token
-from megatron_ttt.config.schema import AttentionBackend, Config
+from megatron_ttt.config.schema import AttentionBackend, Config, Trainable
 from megatron_ttt.parallel.layout import token_ranges
 from megatron_ttt.rule import added_parameters
 from megatron_ttt.scan_words import SequenceOrder
@@ -111,7 +111,19 @@ def _model_lines(config: Config) -> list[str]:
         f"training      {training_flops_per_token(config) / 1e12:.4g} TFLOP per token"
         f" at sequence length {config.train.seq_length:,}",
         f"attention     {attention}",
+        *_trained_lines(config),
     ]
+
+
+def _trained_lines(config: Config) -> list[str]:
+    part = config.train.trainable
+    if part is Trainable.all:
+        return []
+    words = {
+        Trainable.fast_layers: "the layers with fast weights",
+        Trainable.target_generator: "what fast weights add to the model",
+    }
+    return [f"trains        {words[part]}; everything else stays as it is"]
 
 
 def _fast_weight_lines(config: Config) -> list[str]:

@@ -23,6 +23,7 @@ from megatron_ttt.config.schema import (
     ParallelConfig,
     Recompute,
     RopeScaling,
+    Trainable,
 )
 from megatron_ttt.parallel.layout import nearest_valid_lengths
 from megatron_ttt.rule import TargetSource
@@ -236,6 +237,14 @@ def _train_faults(config: Config) -> Iterator[Fault]:
                 train.recompute_modules,
                 f"must name some of {', '.join(RECOMPUTE_MODULES)}",
             )
+    if train.trainable is not Trainable.all and not derived.ttt_layers(config):
+        yield Fault("train.trainable", train.trainable, "needs fast weights: ttt=off has none")
+    if train.trainable is not Trainable.all and config.parallel.pp > 1:
+        message = (
+            f"a pipeline stage without a trained layer has no backward: parallel.pp="
+            f"{config.parallel.pp} must be 1"
+        )
+        yield Fault("train.trainable", train.trainable, message)
     tokens = train.micro_batch_size * train.seq_length
     if tokens > INT32:
         yield Fault(

@@ -124,6 +124,10 @@ class InPlaceTTTModel(GPTModel):
         """Megatron's, with angles ``[L, B or 1, 1, E]`` and the embedding leaf put in place."""
         layout: SequenceLayout = kwargs["packed_seq_params"]
         embedded, _, *rest = super()._preprocess(*args, **kwargs)
+        recomputes = self.config.recompute_granularity is not None and torch.is_grad_enabled()
+        if recomputes and self.pre_process and not embedded.requires_grad:
+            # A recomputed layer has a backward only where its input asks for one.
+            embedded = embedded.detach().requires_grad_()
         if self.target is TargetSource.input_embeddings and self.pre_process:
             # Also where the embedding is frozen the layers must see a leaf they can add to.
             layout.embeddings = embedded.detach().requires_grad_(embedded.requires_grad)

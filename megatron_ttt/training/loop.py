@@ -33,6 +33,7 @@ from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import Origin
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.model.sequence_layout import ScanSettings
+from megatron_ttt.model.trainable import freeze
 from megatron_ttt.training import resilience
 from megatron_ttt.training.checkpoint import TrainingState
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
@@ -254,6 +255,7 @@ def build_trainer(config: Config, ranks: Ranks, begin: Origin = Origin.DRAWN) ->
         deterministic=config.run.deterministic,
     )
     model = build_model(config, transformer, ranks.groups, begin).to(ranks.device)
+    freeze(model, config.train.trainable, ttt_layers(config))
     transformer.finalize_model_grads_func = finalize_model_grads
     wrapped = DistributedDataParallel(
         transformer,

@@ -15,7 +15,7 @@ from megatron_ttt.checkpoints import run_files as files
 from megatron_ttt.checkpoints.manifest import read_manifest
 from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.config.faults import ConfigError
-from megatron_ttt.config.schema import Config, OptimizerForm
+from megatron_ttt.config.schema import Config, OptimizerForm, Trainable
 from megatron_ttt.parallel.cpu import megatron_on_cpu
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training.checkpoint_saver import CheckpointSaver, Retention, SaveFailed, SaveMode
@@ -103,6 +103,7 @@ def relative(found: list[float], expected: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
 
 
+FROZEN = {"trainable": Trainable.target_generator}
 LAYOUTS: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
     ((2, {"tp": 2}), (2, {"pp": 2})),
     ((2, {"pp": 2, "tied": False}), (2, {"tp": 2, "tied": False})),
@@ -115,6 +116,7 @@ LAYOUTS: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
     # A tied embedding is a bucket of its own with several stages; its padding lies between others.
     ((4, {"pp": 2}), (2, {"tp": 2})),
     ((2, {"bucket_size": 4000, "overlap_grad_reduce": True}), (1, {})),
+    ((2, {"tp": 2, **FROZEN}), (2, {"cp": 2, **FROZEN})),
 ]
 
 

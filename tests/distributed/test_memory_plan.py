@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ttt.benchmarks.memory_plan import counted_layers
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.memory import stage_parameters, static_memory
-from megatron_ttt.config.schema import Config, Precision, Recompute
+from megatron_ttt.config.schema import Config, Precision, Recompute, Trainable
 from megatron_ttt.config.to_megatron import transformer_config
 from megatron_ttt.fast_weights import update
 from megatron_ttt.fast_weights.inside import InsideScores
@@ -43,6 +43,8 @@ CASES = [
     (2, {}),
     (2, {"tp": 2}),
     (2, {"cp": 2}),
+    (1, {"trainable": Trainable.fast_layers, "distributed_optimizer": False}),
+    (2, {"tp": 2, "trainable": Trainable.target_generator, "distributed_optimizer": False}),
     (2, {"pp": 2}),  # tied: both stages hold the embedding
     (4, {"tp": 2, "pp": 2, "tied": False, "write": GATED}),
 ]

@@ -26,6 +26,7 @@ from megatron_ttt.config.schema import (
     Toggle,
     TokenizerConfig,
     TokenizerKind,
+    Trainable,
     TrainConfig,
     TTTConfig,
 )
@@ -50,6 +51,7 @@ def tiny_config(
     sequence_parallel: Toggle = Toggle.auto,
     recompute: Recompute = Recompute.none,
     loss_tokens: int | None = None,
+    trainable: Trainable = Trainable.all,
     recompute_modules: tuple[str, ...] = ("core_attn",),
     target: TargetSource = TargetSource.hidden_states,
     normalize: Normalize = Normalize.none,
@@ -104,6 +106,7 @@ def tiny_config(
             global_batch_size=4,
             recompute=recompute,
             loss_tokens=loss_tokens,
+            trainable=trainable,
             recompute_modules=list(recompute_modules),
         ),
     )
@@ -252,7 +255,8 @@ def gradients(trainer: Trainer) -> dict[str, tuple[int, int | None, Tensor]]:
                 mine = bucket.grad_data.chunk(groups.dp_cp.size())[groups.dp_cp.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, mine, group=groups.dp_cp)
     found = {}
-    for name, parameter in global_parameters(trainer.stage):
+    trained = (item for item in global_parameters(trainer.stage) if item[1].requires_grad)
+    for name, parameter in trained:
         gradient: Tensor = getattr(parameter, "main_grad").detach().clone()  # noqa: B009
         found[name] = (groups.tp.rank(), sharded_dim(parameter), gradient)
     return found

@@ -37,6 +37,7 @@ IDLE = {
     "optimizer.warmup_steps": "optimizer.warmup_steps=5",
     "train.recompute": "train.recompute=full",
     "train.loss_tokens": "train.loss_tokens=512",
+    "train.trainable": "train.trainable=fast_layers",
     "run.resume": "run.resume=outputs/other/checkpoints/step_00000002",
     "checkpoint.keep_last": "checkpoint.keep_last=null",
     "validation.interval": "validation.interval=null",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from megatron_ttt.config.flops import training_flops
-from megatron_ttt.config.schema import TTTMode
+from megatron_ttt.config.schema import Trainable, TTTMode
 from megatron_ttt.training.step import visible_pairs
 from tests.distributed.training_runs import tiny_config
 
@@ -43,3 +43,23 @@ def test_training_flops_are_three_forwards_and_the_fast_weights_extra() -> None:
     target = 3 * 2 * tokens * (model.hidden_size**2 + 5 * model.hidden_size)
     extra = training_flops(config, tokens=tokens, pairs=pairs) - 3 * forward
     assert extra == 2 * (4 * product + target)
+
+
+def test_frozen_layers_cost_no_gradient_of_their_weights() -> None:
+    """Layers 1 and 3 of four are fast: 0 has no backward, 2 passes a gradient on."""
+    config = tiny_config()
+    config.ttt.layers = [1, 3]
+    tokens, pairs = 1000, 30000
+
+    def flops(trainable: Trainable) -> float:
+        train = replace(config.train, trainable=trainable)
+        return training_flops(replace(config, train=train), tokens=tokens, pairs=pairs)
+
+    model = config.model
+    queries = model.heads * model.head_dim
+    layer = model.hidden_size * (2 * queries + 2 * model.kv_groups * model.head_dim)
+    layer = 2 * tokens * (layer + 3 * model.hidden_size * model.ffn_hidden_size)
+    output, attention = 2 * tokens * model.hidden_size * model.vocab_size, 4 * queries * pairs
+    whole, layers, generator = (flops(part) for part in Trainable)
+    assert whole - layers == (1 + 2) * layer + output + 2 * attention
+    assert layers - generator == 2 * layer
