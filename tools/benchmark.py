@@ -11,6 +11,7 @@ python tools/benchmark.py scan ranks=8 write_constants=constants.json
 torchrun --nnodes 4 --nproc-per-node 8 ... tools/benchmark.py scan state_mb=200
 python tools/benchmark.py decoding batch=[1,4]
 python tools/benchmark.py checkpoint hidden=1024 layers=12 folder=/scratch
+python tools/benchmark.py step model=tiny ttt.layers=null train.seq_length=4096
 python tools/benchmark.py counted-step data.reset_attention=false
 """
 
@@ -301,17 +302,52 @@ class CountedStep(Measured):
 
 def run_counted_step(keys: CountedStep) -> int:
     """Count and print."""
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
     from megatron_ttt.benchmarks import counted_step as benchmark
-    from megatron_ttt.config.load import load_config
+    from megatron_ttt.config.derived import model_parallel_size
+    from megatron_ttt.config.load import check, load_config
 
     words = [f"+model={keys.model}", "run.dry_run=true", "train.precision=bf16", *keys.overrides]
     config = load_config(words)
+    check(config, world_size=model_parallel_size(config.parallel))
     if keys.documents > config.train.seq_length:
         message = f"a row has {config.train.seq_length} tokens"
         raise ConfigError([Fault("documents", keys.documents, message)])
     counted = benchmark.measure(config, documents=keys.documents)
     benchmark.report(counted, Console(width=140))
     keys.write(benchmark.as_record(counted, words, keys.documents))
+    return 0
+
+
+@dataclass
+class Step(Measured):
+    """Measure a training step with fast weights on and off, in alternating rounds.
+
+    All other keys are those of launch/pretrain.py.
+    """
+
+    model: str = "tiny"  # of configs/model
+    rounds: int = 9  # measured
+    overrides: list[str] = field(default_factory=list)
+
+
+def run_step(keys: Step) -> int:
+    """Measure and print."""
+    from megatron_ttt.training.quiet import quiet_libraries
+
+    quiet_libraries()
+    from megatron_ttt.benchmarks import step_ratio as benchmark
+    from megatron_ttt.config.load import check, load_config
+
+    one = ["run.dry_run=true", "train.micro_batch_size=1", "train.global_batch_size=1"]
+    words = [f"+model={keys.model}", *one, *keys.overrides]
+    on, off = (load_config([*words, switch]) for switch in ("ttt=in_place", "ttt=off"))
+    check(on, world_size=1)
+    found = benchmark.measure(on, off, rounds=keys.rounds)
+    benchmark.report(on, found, Console())
+    keys.write(benchmark.as_record(found, words))
     return 0
 
 
@@ -369,6 +405,7 @@ COMMANDS = {
     "decoding": command(
         Decoding, run_decoding, "hidden", "ffn", "layers", "chunk", "batch", "rounds"
     ),
+    "step": command(Step, run_step, "rounds", passes="overrides"),
     "counted-step": command(CountedStep, run_counted_step, "documents", passes="overrides"),
 }
 

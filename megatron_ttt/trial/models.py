@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ttt.benchmarks.step_ratio import random_trainer, rows_of
 from megatron_ttt.config.flops import training_flops_per_token
 from megatron_ttt.config.load import load_config
 from megatron_ttt.config.schema import Config, TTTMode
 from megatron_ttt.config.to_megatron import transformer_config
-from megatron_ttt.data.rows import Batch, make_batch
 from megatron_ttt.fast_weights.labels import Label
 from megatron_ttt.model.build import build_model
 from megatron_ttt.model.initialize import Draw, Origin, initialize, pretraining_draw
 from megatron_ttt.model.scan_settings import scan_settings
 from megatron_ttt.rule import added_start
 from megatron_ttt.training.distributed import distributed
-from megatron_ttt.training.loop import Trainer, build_trainer
 from megatron_ttt.training.step import ForwardStep
 from megatron_ttt.trial.machine import peak_tflops, seconds_of
 from megatron_ttt.trial.stage import Call, Cell, measured
@@ -73,7 +72,7 @@ def _on_and_off(configs: Sequence[Config], call: Call) -> tuple[str, dict[str, A
 
 def _step(config: Config, call: Call) -> dict[str, Any]:
     with distributed(config) as ranks:
-        trainer = _trainer(config, ranks)
+        trainer = random_trainer(config, ranks)
         batch = rows_of(config)
         seconds = seconds_of(
             lambda: trainer.train_step(repeat(batch), wants_norms=False), ranks.device
@@ -87,26 +86,6 @@ def _step(config: Config, call: Call) -> dict[str, Any]:
             "mfu": flops / statistics.median(seconds) / (peak * 1e12) if peak else None,
             "peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else 0,
         }
-
-
-def _trainer(config: Config, ranks: Any) -> Trainer:
-    """Return a trainer of random weights, drawn on the device: drawing 4B on a CPU takes long."""
-    trainer = build_trainer(config, ranks, Origin.LOADED)
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            parameter.normal_(std=0.02)
-    trainer.optimizer.reload_model_params()
-    return trainer
-
-
-def rows_of(config: Config, documents: int = 1) -> Batch:
-    """Return a micro-batch of random tokens in equally long documents."""
-    generator = torch.Generator().manual_seed(config.train.seed)
-    rows, length = config.train.micro_batch_size, config.train.seq_length
-    eod = config.model.vocab_size - 1
-    text_BR = torch.randint(0, eod, (rows, length + 1), generator=generator)
-    text_BR[:, length // documents - 1 : -1 : length // documents] = eod
-    return make_batch(text_BR, range(rows), eod=eod, pad=None)
 
 
 def gradients(call: Call) -> Iterator[Cell]:
@@ -209,7 +188,7 @@ def profile(call: Call) -> Iterator[Cell]:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     trace = call.folder / "step_trace.json"
     with distributed(config) as ranks:
-        trainer, batch = _trainer(config, ranks), rows_of(config, documents=4)
+        trainer, batch = random_trainer(config, ranks), rows_of(config, documents=4)
         trainer.train_step(repeat(batch), wants_norms=False)
         with torch.profiler.profile(activities=kinds) as found:
             trainer.train_step(repeat(batch), wants_norms=False)
