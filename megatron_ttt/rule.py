@@ -12,12 +12,14 @@ declared here, so that models, checkpoints and conversion follow from one line.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 LAYER_INTERVAL = 6  # by default every sixth layer has fast weights
-KERNEL_SIZE = 5  # tokens that the target's convolution reads
+KERNEL_SIZE = 5  # tokens that the published target's convolution reads
+LARGEST_KERNEL = 9
+POWER_ITERATIONS = 4  # behind a spectral norm
 
 
 class TargetSource(Enum):
@@ -27,11 +29,60 @@ class TargetSource(Enum):
     input_embeddings = "input_embeddings"
 
 
+class Conv(Enum):
+    """Which neighbours of a token its target is made of, by a depthwise convolution.
+
+    ``learned``: those around it, as published. ``causal``: itself and those before it.
+    ``next_token``: the one behind it, whole and with nothing to learn (TTT-NTP, arXiv 2606.21803).
+    ``off``: itself, the reconstruction target.
+    """
+
+    learned = "learned"
+    next_token = "next_token"
+    causal = "causal"
+    off = "off"
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether it has a parameter."""
+        return self in (Conv.learned, Conv.causal)
+
+
+def conv_of(value: Any) -> Any:
+    """Return what a file says of the convolution in today's words: it used to say true or false."""
+    if isinstance(value, bool):
+        return (Conv.learned if value else Conv.off).value
+    return value
+
+
+def conv_offsets(conv: Conv, kernel_size: int) -> range:
+    """Return where the tokens lie that a target is made of; 0 is the target's own."""
+    if conv is Conv.learned:
+        return range(-(kernel_size // 2), kernel_size // 2 + 1)
+    if conv is Conv.causal:
+        return range(1 - kernel_size, 1)
+    return range(1, 2) if conv is Conv.next_token else range(1)
+
+
+def kernel_complaint(conv: str, kernel_size: int) -> str | None:
+    """Return what is wrong with the size of a kernel, if anything; ``conv``: a word of Conv."""
+    if not 1 <= kernel_size <= LARGEST_KERNEL:
+        return f"must be 1 to {LARGEST_KERNEL}"
+    if conv == Conv.learned.value and kernel_size % 2 == 0:
+        return "must be odd: the kernel is centred (ttt.conv=causal takes any)"
+    return None
+
+
 class Normalize(Enum):
-    """``none``: raw sums, as published. ``key_energy``: eta becomes dimensionless."""
+    """What a chunk's write is divided by.
+
+    ``none``: nothing, as published. ``key_energy``: the keys' mean square, which makes eta
+    dimensionless. ``spectral``: its spectral norm, so that each chunk writes a matrix of norm eta.
+    """
 
     none = "none"
     key_energy = "key_energy"
+    spectral = "spectral"
 
 
 class ClipMode(Enum):
@@ -74,7 +125,8 @@ class UpdateRule:
     eta: float = 0.3
     normalize: Normalize = Normalize.none
     target: TargetSource = TargetSource.hidden_states
-    conv: bool = True
+    conv: Conv = Conv.learned
+    kernel_size: int = KERNEL_SIZE  # tokens that a convolution with parameters reads
     proj: bool = True
     decay: float = 1.0  # gamma, per chunk; 1 keeps everything
     clip: Clip = field(default_factory=Clip)
@@ -151,8 +203,12 @@ WRITE_TRAITS: dict[WriteKind, WriteTraits] = {
 
 def added_parameters(rule: UpdateRule) -> dict[str, ParameterSpec]:
     """Return the parameters that the rule adds to a layer, by their names inside the MLP."""
-    wanted = {CONV: rule.conv, PROJ: rule.proj}
-    target = {name: spec for name, spec in TARGET_PARAMETERS.items() if wanted[name]}
+    target = {}
+    if rule.conv.is_learned:
+        shape = f"H1{rule.kernel_size}"
+        target[CONV] = replace(TARGET_PARAMETERS[CONV], shape=shape)
+    if rule.proj:
+        target[PROJ] = TARGET_PARAMETERS[PROJ]
     return target | write_parameters(rule)
 
 
@@ -180,7 +236,8 @@ def rule_from_keys(key: Callable[[str], Any]) -> UpdateRule:
         eta=key("ttt_lr"),
         normalize=Normalize(key("ttt_normalize")),
         target=sources[key("ttt_target")],
-        conv=key("ttt_conv"),
+        conv=Conv(conv_of(key("ttt_conv"))),
+        kernel_size=key("ttt_kernel_size"),
         proj=key("ttt_proj"),
         decay=key("ttt_decay"),
         clip=Clip(ClipMode(key("ttt_clip_mode")), key("ttt_clip_bound")),
@@ -195,7 +252,8 @@ def keys_of_rule(rule: UpdateRule) -> dict[str, Any]:
         "ttt_lr": rule.eta,
         "ttt_normalize": rule.normalize.value,
         "ttt_target": HF_TARGETS[rule.target],
-        "ttt_conv": rule.conv,
+        "ttt_conv": rule.conv.value,
+        "ttt_kernel_size": rule.kernel_size,
         "ttt_proj": rule.proj,
         "ttt_decay": rule.decay,
         "ttt_clip_mode": rule.clip.mode.value,
@@ -234,6 +292,9 @@ def _write_identity(write: WriteSettings) -> str:
     return f"{write.kind.value} {write.bound!r}" if bounded else write.kind.value
 
 
+AS_PUBLISHED = "as published"  # a centred convolution, or none
+
+
 def rule_identity(rule: UpdateRule) -> dict[str, Any]:
     """Return what a state written under the rule depends on, as plain values."""
     clip = rule.clip
@@ -245,5 +306,6 @@ def rule_identity(rule: UpdateRule) -> dict[str, Any]:
         "decay": rule.decay,
         "clip": "off" if off else f"{clip.mode.value} {clip.bound!r}",
         "normalize": rule.normalize.value,
+        "conv": rule.conv.value if rule.conv in (Conv.next_token, Conv.causal) else AS_PUBLISHED,
         "write": _write_identity(rule.write),
     }

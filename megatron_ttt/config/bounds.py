@@ -12,6 +12,7 @@ from enum import Enum
 from typing import Any
 
 from megatron_ttt.config.faults import Fault
+from megatron_ttt.rule import LARGEST_KERNEL
 
 INT32 = 2**31 - 1
 LARGEST_SEED = 2**32 - 1  # of numpy's generators, which shuffle the data
@@ -81,6 +82,7 @@ TRAINING_BOUNDS: Mapping[str, Bound] = {
     "model.rope.beta_slow": Bound(-1e30, 1e30),
     "ttt.layers": Bound(-INT32),
     "ttt.write.bound": POSITIVE,
+    "ttt.kernel_size": Bound(1, LARGEST_KERNEL),
     "data.workers": Bound(0, 1024),
     "parallel.tp": RANKS,
     "parallel.cp": RANKS,

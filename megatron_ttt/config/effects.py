@@ -177,6 +177,7 @@ TRAINING_EFFECTS: Effects = {
     "ttt.normalize": _FAST,
     "ttt.target": _FAST,
     "ttt.conv": _FAST,
+    "ttt.kernel_size": (*_FAST, Condition("ttt.conv", lambda c: c.ttt.conv.is_learned)),
     "ttt.proj": _FAST,
     "ttt.decay": _FAST,
     "ttt.clip.mode": _FAST,

@@ -6,7 +6,6 @@ sweep that context parallelism needs are not counted: they are cost, not work of
 
 from megatron_ttt.config.derived import ttt_layers
 from megatron_ttt.config.schema import Config, Trainable
-from megatron_ttt.rule import KERNEL_SIZE
 
 
 def training_flops(config: Config, *, tokens: float, pairs: float) -> float:
@@ -33,8 +32,9 @@ def training_flops(config: Config, *, tokens: float, pairs: float) -> float:
     }[config.train.trainable]
     per_token = (model.layers + reached + trained) * float(attention + mlp)
     per_token += (3.0 if config.train.trainable is Trainable.all else 2.0) * output
+    taps = ttt.kernel_size if ttt.conv.is_learned else 0
     extra = 4 * 2 * hidden * model.ffn_hidden_size
-    extra += 3 * (2 * hidden * hidden * ttt.proj + 2 * KERNEL_SIZE * hidden * ttt.conv)
+    extra += 3 * (2 * hidden * hidden * ttt.proj + 2 * taps * hidden)
     per_token += len(fast) * extra
     return per_token * tokens + (model.layers + 2.0 * reached) * 4 * queries * pairs
 

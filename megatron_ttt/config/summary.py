@@ -134,7 +134,7 @@ def _fast_weight_lines(config: Config) -> list[str]:
     return [
         f"fast weights  layers {', '.join(map(str, layers))}",
         f"update        eta {ttt.eta:g}, normalize {ttt.normalize.name}, target {ttt.target.name},"
-        f" clip {ttt.clip.mode.name}, decay {ttt.decay:g}",
+        f" convolution {ttt.conv.name}, clip {ttt.clip.mode.name}, decay {ttt.decay:g}",
         f"chunks        {chunks} of {ttt.chunk_size} tokens a sequence",
         f"state         {state_bytes(config):,} bytes per layer and row"
         f" (fp32, on each of {config.parallel.tp} tp ranks)",

@@ -26,7 +26,7 @@ from megatron_ttt.config.schema import (
     Trainable,
 )
 from megatron_ttt.parallel.layout import nearest_valid_lengths
-from megatron_ttt.rule import TargetSource
+from megatron_ttt.rule import TargetSource, kernel_complaint
 
 # Submodules that both megatron-core lines can recompute in a dense model without latent attention.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")
@@ -135,6 +135,9 @@ def _ttt_faults(config: ComputeConfig) -> Iterator[Fault]:
             yield Fault("ttt.layers", ttt.layers, "names a layer twice")
         if not ttt.layers:
             yield Fault("ttt.layers", ttt.layers, "is empty: choose layers, null or ttt=off")
+    complaint = kernel_complaint(ttt.conv.value, ttt.kernel_size)
+    if ttt.conv.is_learned and complaint is not None:
+        yield Fault("ttt.kernel_size", ttt.kernel_size, complaint)
     if derived.reads_input_embeddings(config) and config.parallel.pp > 1:
         yield Fault(
             "ttt.target",

@@ -28,7 +28,7 @@ from megatron_ttt.conversion.importing import Report
 from megatron_ttt.conversion.mapping import Mapping, build_mapping
 from megatron_ttt.conversion.rules import Run
 from megatron_ttt.conversion.ttt_config import hf_from_ttt, target_generator
-from megatron_ttt.rule import CONV, KERNEL_SIZE
+from megatron_ttt.rule import CONV, KERNEL_SIZE, Conv
 
 SHARD_BYTES = 4 << 30
 _CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -110,7 +110,7 @@ class HFView:
         common = dtype or folder.tensors["embedding.word_embeddings.weight"].dtype
         for name, shape in self.mapping.zeros.items():
             pieces.append(Piece(name, shape, common, (), torch.zeros(shape, dtype=common)))
-        if target.layers and CONV not in target.parameters:
+        if target.layers and ttt.conv is Conv.off:
             kernel = torch.zeros(model.hidden_size, 1, KERNEL_SIZE, dtype=common)
             kernel[:, :, KERNEL_SIZE // 2] = 1  # no convolution is the identity
             for layer in target.layers:
@@ -248,6 +248,9 @@ def _check_reference(ttt: TTTConfig) -> None:
     usual = TTTConfig()
     parts = {
         "ttt.normalize": (ttt.normalize, usual.normalize),
+        "ttt.kernel_size": (ttt.kernel_size if ttt.conv.is_learned else KERNEL_SIZE, KERNEL_SIZE),
+        # without a convolution the export has an identity kernel
+        "ttt.conv": (usual.conv if ttt.conv is Conv.off else ttt.conv, usual.conv),
         "ttt.decay": (ttt.decay, usual.decay),
         "ttt.write.kind": (ttt.write.kind, usual.write.kind),
         "ttt.clip.mode": (ttt.clip.mode, usual.clip.mode),

@@ -2,7 +2,8 @@
 
 ``ttt_mode, ttt_layers, ttt_proj, ttt_lr, ttt_chunk, ttt_target`` are the names of the published
 reference implementation, with its values where one is absent; what they cannot say goes into
-``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize``.
+``ttt_conv, ttt_kernel_size, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize, ttt_write,
+ttt_write_bound``.
 
 A file with any of these keys, or with one of our model types, describes a model with fast weights
 unless it says ``ttt_mode: false``; ``ttt_mode`` may be left out.
@@ -22,13 +23,17 @@ from megatron_ttt.conversion.hf_config import TTT_SUFFIX
 from megatron_ttt.conversion.mapping import TargetGenerator
 from megatron_ttt.rule import (
     HF_TARGETS,
+    KERNEL_SIZE,
     Clip,
     ClipMode,
+    Conv,
     Normalize,
     WriteKind,
     WriteSettings,
     added_parameters,
+    conv_of,
     default_layers,
+    kernel_complaint,
     keys_of_rule,
     rule_from_keys,
 )
@@ -95,17 +100,14 @@ def ttt_from_hf(
     if not on:
         return None
     kept = _layers(listed, trained, layers, where)
-    conv, proj = (
-        config.get(f"ttt_{part}", True)
-        if not trained or f"ttt_{part}" in config
-        else any(name.endswith(f"ttt_{part}.weight") for name in tensors)
-        for part in ("conv", "proj")
-    )
+    named = {name.removesuffix(".weight").rpartition(".")[2] for name in tensors}
+    if trained and "ttt_conv" not in config and "ttt_conv" not in named:
+        rule = replace(rule, conv=Conv.off)
+    if trained and "ttt_proj" not in config:
+        rule = replace(rule, proj="ttt_proj" in named)
     return replace(
         rule,
         layers=kept,
-        conv=conv,
-        proj=proj,
         chunk_size=rule.chunk_size if chunk_size is None else chunk_size,
         eta=rule.eta if eta is None else eta,
     )
@@ -116,12 +118,18 @@ def _rule(values: Values) -> TTTConfig:
     decay = values.number("ttt_decay", 1.0)
     if decay > 1:
         values.fault("ttt_decay", "must be at most 1")
+    size = values.integer("ttt_kernel_size", KERNEL_SIZE)
+    conv = _conv(values)
+    complaint = kernel_complaint(conv, size)
+    if complaint is not None:
+        values.fault("ttt_kernel_size", complaint)
     read = {
         "ttt_chunk": values.integer("ttt_chunk", REFERENCE_CHUNK),
         "ttt_lr": values.number("ttt_lr", REFERENCE_LEARNING_RATE, zero=True),
         "ttt_normalize": _word(values, "ttt_normalize", Normalize.none),
         "ttt_target": values.text("ttt_target", "hidden_states", tuple(HF_TARGETS.values())),
-        "ttt_conv": values.boolean("ttt_conv", True),
+        "ttt_conv": conv,
+        "ttt_kernel_size": size,
         "ttt_proj": values.boolean("ttt_proj", True),
         "ttt_decay": decay,
         "ttt_clip_mode": _word(values, "ttt_clip_mode", ClipMode.off),
@@ -130,6 +138,14 @@ def _rule(values: Values) -> TTTConfig:
         "ttt_write_bound": values.number("ttt_write_bound", WriteSettings().bound),
     }
     return TTTConfig(**vars(rule_from_keys(read.__getitem__)))
+
+
+def _conv(values: Values) -> str:
+    """Return the word for the convolution; files of before there were words say true or false."""
+    given = values.content.get("ttt_conv")
+    if isinstance(given, bool):
+        return str(conv_of(given))
+    return _word(values, "ttt_conv", Conv.learned)
 
 
 def _word(values: Values, key: str, default: Enum) -> str:
@@ -163,7 +179,10 @@ def hf_from_ttt(ttt: TTTConfig, *, layers: int) -> dict[str, Any]:
     if not target.layers:
         return {}
     layout = {"ttt_mode": True, "ttt_layers": list(target.layers)}
-    return {**layout, **keys_of_rule(ttt), "ttt_conv": True}
+    keys = keys_of_rule(ttt)
+    if ttt.conv is Conv.off:
+        keys |= {"ttt_conv": Conv.learned.value, "ttt_kernel_size": KERNEL_SIZE}
+    return {**layout, **keys}
 
 
 def target_generator(ttt: TTTConfig | None, *, layers: int) -> TargetGenerator:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from megatron_ttt.rule import ClipMode, Normalize, UpdateRule, WriteKind
+from megatron_ttt.rule import ClipMode, Conv, Normalize, UpdateRule, WriteKind
 
 NOISE = 0.002  # nats a token: differences of two losses over few rows that mean nothing
 # A fast layer's parameters, as tables and files call them and as the model does.
@@ -225,7 +225,8 @@ def _normalize(rule: UpdateRule) -> str:
 
 
 def _switch_on(rule: UpdateRule) -> str:
-    off = [f"ttt.{part}=true" for part in ("conv", "proj") if not getattr(rule, part)]
+    off = ["ttt.conv=learned"] if rule.conv is Conv.off else []
+    off += [] if rule.proj else ["ttt.proj=true"]
     return f"; and train with {' '.join(off)}, so that targets differ" if off else ""
 
 

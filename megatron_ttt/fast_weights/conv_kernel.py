@@ -23,29 +23,29 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.rule import KERNEL_SIZE
 
 _TOKENS, _CHANNELS = 64, 64  # of one program
 
 
 def sum_of_neighbours(
-    tokens_BTD: Tensor, weight_D5: Tensor, plan: ChunkPlan, *, direction: int
+    tokens_BTD: Tensor, weight_DK: Tensor, plan: ChunkPlan, *, first: int, direction: int
 ) -> Tensor:
-    """``out_t = sum_j w_j * u_{t + direction (j - 2)}`` inside each segment, ``[B, T, D]``."""
+    """``out_t = sum_j w_j * u_{t + direction (first + j)}`` inside segments, ``[B, T, D]``."""
     tokens_BTD = _channels_together(tokens_BTD)
     out_BTD = torch.empty_like(tokens_BTD)
     batch, length, hidden = tokens_BTD.shape
     _sum_kernel[_grid(batch, length, hidden)](
         tokens_BTD,
         plan.segments_BT.contiguous(),
-        weight_D5.contiguous(),
+        weight_DK.contiguous(),
         out_BTD,
         length,
         hidden,
         *_strides(tokens_BTD),
         *_strides(out_BTD),
+        first,
         direction,
-        KERNEL_SIZE,
+        weight_DK.shape[1],
         _wide(tokens_BTD),
         _TOKENS,
         _CHANNELS,
@@ -53,14 +53,14 @@ def sum_of_neighbours(
     return out_BTD
 
 
-def products_with_neighbours(left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan) -> Tensor:
-    """``sum over tokens of left_t * right_{t + j - 2}`` inside segments, ``[D, 5]``."""
+def products_with_neighbours(
+    left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan, *, first: int, taps: int
+) -> Tensor:
+    """``sum over tokens of left_t * right_{t + first + j}`` inside segments, ``[D, K]``."""
     left_BTD, right_BTD = _channels_together(left_BTD), _channels_together(right_BTD)
     batch, length, hidden = left_BTD.shape
     grid = _grid(batch, length, hidden)
-    parts = left_BTD.new_empty(
-        grid[0] * batch, KERNEL_SIZE, hidden, dtype=state_dtype(left_BTD.dtype)
-    )
+    parts = left_BTD.new_empty(grid[0] * batch, taps, hidden, dtype=state_dtype(left_BTD.dtype))
     _product_kernel[grid](
         left_BTD,
         right_BTD,
@@ -70,7 +70,8 @@ def products_with_neighbours(left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPla
         hidden,
         *_strides(left_BTD),
         *_strides(right_BTD),
-        KERNEL_SIZE,
+        first,
+        taps,
         _wide(left_BTD),
         _TOKENS,
         _CHANNELS,
@@ -97,7 +98,7 @@ def _wide(tensor: Tensor) -> tl.dtype:
 @triton.jit
 def _sum_kernel(
     tokens, segments, weight, out, length, hidden, row, token, out_row, out_token,
-    direction: tl.constexpr, taps: tl.constexpr, wide: tl.constexpr,
+    first: tl.constexpr, direction: tl.constexpr, taps: tl.constexpr, wide: tl.constexpr,
     TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     # 64 bits: a million tokens of 2560 channels are beyond 32
@@ -108,7 +109,7 @@ def _sum_kernel(
     own = tl.load(segments + batch * length + here, mask=is_token, other=-1)
     total = tl.zeros((TOKENS, CHANNELS), dtype=wide)
     for tap in tl.static_range(taps):
-        near = here + direction * (tap - taps // 2)
+        near = here + direction * (first + tap)
         exists = is_token & (near >= 0) & (near < length)
         theirs = tl.load(segments + batch * length + near, mask=exists, other=-2)
         seen = (exists & (theirs == own))[:, None] & is_channel[None, :]
@@ -125,7 +126,8 @@ def _sum_kernel(
 def _product_kernel(
     left, right, segments, parts, length, hidden,
     left_row, left_token, right_row, right_token,
-    taps: tl.constexpr, wide: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    first: tl.constexpr, taps: tl.constexpr, wide: tl.constexpr,
+    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     here = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -137,7 +139,7 @@ def _product_kernel(
     mine = tl.load(left + place, mask=inside, other=0.0).to(wide)
     block = (batch * tl.num_programs(0) + tl.program_id(0)) * taps
     for tap in tl.static_range(taps):
-        near = here + tap - taps // 2
+        near = here + first + tap
         exists = is_token & (near >= 0) & (near < length)
         theirs = tl.load(segments + batch * length + near, mask=exists, other=-2)
         seen = (exists & (theirs == own))[:, None] & is_channel[None, :]

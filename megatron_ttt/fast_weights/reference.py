@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_ttt.rule import Clip, ClipMode, Normalize
+from megatron_ttt.rule import POWER_ITERATIONS, Clip, ClipMode, Conv, Normalize, conv_offsets
 
 
 def reference_fast_weight(
@@ -72,6 +72,9 @@ def reference_fast_weight(
             if written and normalize is Normalize.key_energy:
                 energy = sum(float(write_keys[t].detach().square().sum()) for t in written)
                 summary = summary / (energy / len(written)) if energy > 0 else summary
+            if written and normalize is Normalize.spectral:
+                norm = _spectral_norm(summary.detach(), write_keys[written].detach().sum(dim=0))
+                summary = summary / norm if norm > 0 else summary
             if clip is not None and clip.mode is not ClipMode.off:
                 summary = summary * _clip_factor(summary, weight_DF, eta, clip)
 
@@ -89,6 +92,21 @@ def reference_fast_weight(
         all_outputs.append(torch.stack(outputs))
         all_states.append(state)
     return torch.stack(all_outputs), torch.stack(all_states)
+
+
+def _spectral_norm(summary: Tensor, start: Tensor) -> float:
+    """Return ``norm(M^T y)``, y after power iterations from the sum of the written keys: a number.
+
+    At most M's spectral norm, and near it.
+    """
+    right = start
+    for _ in range(POWER_ITERATIONS):
+        left = summary @ right
+        if not left.any():
+            return 0.0
+        left = left / left.norm()
+        right = summary.T @ left
+    return float(right.norm())
 
 
 def _clip_factor(summary: Tensor, weight: Tensor, eta: float, clip: Clip) -> float:
@@ -112,15 +130,26 @@ def reference_gate(hidden_BTD: Tensor, weight_D: Tensor, bias_1: Tensor) -> Tens
 
 def reference_target(
     source_BTD: Tensor,
-    conv_weight_D15: Tensor | None,
+    conv_weight_D1K: Tensor | None,
     proj_weight_DE: Tensor | None,
     *,
     chunk_size: int,
     document_starts: Tensor | None = None,
     padding: Tensor | None = None,
+    conv: Conv = Conv.learned,
     normalize: Normalize = Normalize.none,
 ) -> Tensor:
-    """``v_t = (sum_j w_j * u_{t+j-2}) @ W_target`` over t's chunk and document."""
+    """``v_t = (sum_j w_j * u_{t+s_j}) @ W_target`` over t's chunk and document; s: the taps.
+
+    Learned: ``s = -2 ... 2``; causal: ``-4 ... 0``; next_token: ``s = 1``, ``w = 1``.
+    """
+    taps: list[tuple[int, Tensor | float]] = [(0, 1.0)]
+    if conv is Conv.next_token:
+        taps = [(1, 1.0)]
+    elif conv_weight_D1K is not None:
+        size = conv_weight_D1K.shape[2]
+        first = conv_offsets(conv, size).start
+        taps = [(first + tap, conv_weight_D1K[:, 0, tap]) for tap in range(size)]
     batch, length, _ = source_BTD.shape
     is_padding = torch.zeros(batch, length, dtype=torch.bool) if padding is None else padding
     starts = torch.zeros_like(is_padding) if document_starts is None else document_starts
@@ -140,15 +169,13 @@ def reference_target(
         for t in range(length):
             if is_padding[row, t]:
                 mixed = torch.zeros_like(source[t])
-            elif conv_weight_D15 is None:
-                mixed = source[t]
             else:
                 mixed = torch.zeros_like(source[t])
-                for tap in range(5):
-                    near = t + tap - 2
+                for offset, factor in taps:
+                    near = t + offset
                     inside = 0 <= near < length and near // chunk_size == t // chunk_size
                     if inside and document[near] == document[t]:
-                        mixed = mixed + conv_weight_D15[:, 0, tap] * source[near]
+                        mixed = mixed + factor * source[near]
             targets.append(mixed if proj_weight_DE is None else mixed @ proj_weight_DE)
         rows.append(torch.stack(targets))
     return torch.stack(rows)

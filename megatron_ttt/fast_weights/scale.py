@@ -1,10 +1,13 @@
-"""How strongly each chunk is written: normalisation by key energy, and clipping.
+"""How strongly each chunk is written: normalisation, and clipping.
 
-    M_i = V_i^T Z_i / e_i      e_i = mean over the written tokens of |z|^2 (key_energy), else 1
+    M_i = V_i^T Z_i / e_i      e_i = mean over the written tokens of |z|^2   (key_energy)
+                               e_i = spectral norm of V_i^T Z_i              (spectral)
+                               e_i = 1                                       (none)
     clip(M_i) = M_i * min(1, bound / (eta * norm(M_i)))
 
-Both are one factor per batch row and chunk, so they are folded into the targets and the scan never
-sees them. They are constants in the backward.
+The spectral norm is that of a few power iterations from the sum of the written keys, through the
+tokens' factors; it is at most the exact one. All of it is one factor per batch row and chunk,
+folded into the targets, so that the scan never sees it; a constant in the backward.
 
 Shape suffixes: B batch rows, T tokens, N chunks, D hidden, F ffn (the local shard under TP).
 """
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights.accumulate import state_dtype, wide_product
 from megatron_ttt.fast_weights.documents import Block, ChunkPlan
-from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
+from megatron_ttt.rule import POWER_ITERATIONS, Clip, ClipMode, Normalize, UpdateRule
 
 ReduceSums = Callable[[Tensor], Tensor]
 
@@ -54,6 +57,9 @@ def summary_scales(
         count_BN = plan.sum_chunks(plan.writes_BT.to(energy_BN.dtype))
         # Chunks that write nothing, or whose keys are all zero, have nothing to scale.
         scale_BN = torch.where(energy_BN > 0, count_BN / energy_BN, scale_BN)
+    elif rule.normalize is Normalize.spectral:
+        norm_BN = spectral_norms(keys_BTF, targets_BTD, plan, reduce_sums)
+        scale_BN = torch.where(norm_BN > 0, norm_BN.reciprocal(), scale_BN)
     if rule.clip.mode is not ClipMode.off:
         bound = clip_bound(rule.clip, weight_DF, reduce_sums)
         norm_BN = summary_norms(keys_BTF, targets_BTD, plan, reduce_sums) * scale_BN
@@ -105,6 +111,55 @@ def summary_norms(
 ) -> Tensor:
     """``norm(V_i^T Z_i)`` of each chunk over all shards, ``[B, N]`` in the state's dtype."""
     return reduce_sums(_summary_squares(keys_BTF, targets_BTD, plan)).clamp(min=0).sqrt()
+
+
+def spectral_norms(
+    keys_BTF: Tensor, targets_BTD: Tensor, plan: ChunkPlan, reduce_sums: ReduceSums
+) -> Tensor:
+    """Spectral norm of each chunk's ``V_i^T Z_i``, ``[B, N]`` in the state's dtype.
+
+    ``y <- M x / norm(M x)``, ``x <- M^T y`` from ``x = sum z``, and then ``norm(x)``: at most the
+    exact norm, near it after :data:`POWER_ITERATIONS`. No summary is formed: ``M x = V^T (Z x)``.
+    0 where nothing is written.
+    """
+    chunk, complete = plan.chunk_size, plan.length // plan.chunk_size
+    dtype = state_dtype(keys_BTF.dtype)
+    norms_BN = torch.zeros(plan.batch, plan.chunks, dtype=dtype, device=keys_BTF.device)
+    if not complete:
+        return norms_BN
+    tiny = torch.finfo(dtype).tiny
+    cut = (complete, chunk)
+    written_BT = plan.writes_BT[:, : complete * chunk, None]
+    for row in range(plan.batch):
+        keys_NCF, targets_NCD = (
+            _only(tokens_BTX[row, : complete * chunk], written_BT[row], plan).unflatten(0, cut)
+            for tokens_BTX in (keys_BTF, targets_BTD)
+        )
+        along_NC1 = written_BT[row].unflatten(0, cut).to(dtype)
+        for _ in range(POWER_ITERATIONS):
+            seen_NC1 = _seen(keys_NCF, along_NC1, reduce_sums)
+            left_ND1 = _product(targets_NCD.mT, seen_NC1)
+            left_ND1 = left_ND1 / left_ND1.norm(dim=1, keepdim=True).clamp(min=tiny)
+            along_NC1 = _product(targets_NCD, left_ND1)
+        squares_N = (along_NC1 * _seen(keys_NCF, along_NC1, reduce_sums)).sum(dim=(1, 2))
+        norms_BN[row, :complete] = squares_N.clamp(min=0).sqrt()
+    return norms_BN
+
+
+def _only(tokens_TX: Tensor, written_T1: Tensor, plan: ChunkPlan) -> Tensor:
+    """Tokens with 0 for those that are not written; no copy where the whole plan is written."""
+    if plan.padding_BT is None and not plan.splits_chunks:
+        return tokens_TX
+    return tokens_TX.masked_fill(~written_T1, 0.0)
+
+
+def _seen(keys_NCF: Tensor, along_NC1: Tensor, reduce_sums: ReduceSums) -> Tensor:
+    """``Z Z^T a`` over all shards of the keys, ``[N, C, 1]``."""
+    return reduce_sums(_product(keys_NCF, _product(keys_NCF.mT, along_NC1)))
+
+
+def _product(tokens: Tensor, vector: Tensor) -> Tensor:
+    return wide_product(tokens, vector.to(tokens.dtype))
 
 
 def scale_chunks(targets_BTD: Tensor, scale_BN: Tensor | None, plan: ChunkPlan) -> Tensor:

@@ -1,13 +1,15 @@
 """The target a key should retrieve: ``V = conv(U) @ W_target``.
 
-``conv`` is depthwise, kernel 5, centred (a cross-correlation: tap 2 is the token itself, tap 3 the
-next one), without bias. It sees zeros beyond the chunk's and the document's edges, so although it
-looks ahead nothing leaks: a chunk's targets are used only from the next chunk on, and a rank that
-holds whole chunks needs no neighbour's tokens. ``W_target`` multiplies from the right.
-In-Place TTT (arXiv 2604.06169) section 3.
+``conv`` is depthwise, without bias; which tokens its taps read ``rule.conv_offsets`` says. As
+published it is a centred cross-correlation over 5 (tap 2 is the token itself, tap 3 the next one);
+it may be causal, or one frozen tap on the next token, ``V_t = U_{t+1} @ W_target``. It sees zeros
+beyond the chunk's and the document's edges, so although it looks ahead nothing leaks: a chunk's
+targets are used only from the next chunk on, and a rank that holds whole chunks needs no
+neighbour's tokens. ``W_target`` multiplies from the right.
+In-Place TTT (arXiv 2604.06169) section 3; the frozen tap: TTT-NTP (arXiv 2606.21803).
 
 Shape suffixes: B batch rows, T tokens, D hidden, E target columns (``D``, or ``D / tp`` for a
-column shard), 1 and 5 as in torch's depthwise convolutions, N chunks, C tokens of a chunk.
+column shard), 1 and K as in torch's depthwise convolutions (K taps), N chunks, C tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ttt.fast_weights.accumulate import state_dtype
 from megatron_ttt.fast_weights.documents import ChunkPlan
-from megatron_ttt.rule import KERNEL_SIZE, Normalize
+from megatron_ttt.rule import Conv, Normalize, conv_offsets
 
-_REACH = KERNEL_SIZE // 2
 # Smallest mean square of a source row: keeps all-zero rows zero, far below any real embedding's.
 _RMS_FLOOR = 1e-12
 
 
 def target_from_source(
     source_BTD: Tensor,
-    conv_weight_D15: Tensor | None,
+    conv_weight_D1K: Tensor | None,
     proj_weight_DE: Tensor | None,
     *,
     plan: ChunkPlan,
+    conv: Conv = Conv.learned,
     normalize: Normalize = Normalize.none,
     passes: ConvPasses | None = None,
 ) -> Tensor:
@@ -42,10 +44,12 @@ def target_from_source(
 
     Args:
         source_BTD: U, local tokens; may be a strided view.
-        conv_weight_D15: ``[D, 1, 5]``; None: identity (the reconstruction target).
+        conv_weight_D1K: ``[D, 1, K]``; None where ``conv`` has no parameter.
         proj_weight_DE: ``[D, E]``, a column shard or whole; None: identity.
         plan: of the same tokens: chunk and document edges, padding (U is zeroed on it before the
             conv, V after).
+        conv: which tokens the taps read; without a weight ``next_token``, or else the identity
+            (the reconstruction target).
         normalize: ``key_energy`` takes U at unit root mean square, row by row.
         passes: what runs the convolution; None: this file's plain form.
 
@@ -57,18 +61,19 @@ def target_from_source(
         raise ValueError(
             f"plan is for [{plan.batch}, {plan.length}], source is [{batch}, {length}]"
         )
-    if conv_weight_D15 is not None and conv_weight_D15.shape != (hidden, 1, KERNEL_SIZE):
-        raise ValueError(
-            f"conv weight {list(conv_weight_D15.shape)} is not [{hidden}, 1, {KERNEL_SIZE}]"
-        )
+    if conv_weight_D1K is not None and conv_weight_D1K.shape[:2] != (hidden, 1):
+        raise ValueError(f"conv weight {list(conv_weight_D1K.shape)} is not [{hidden}, 1, taps]")
     if proj_weight_DE is not None and proj_weight_DE.shape[0] != hidden:
         raise ValueError(f"projection {list(proj_weight_DE.shape)} does not take {hidden} columns")
 
     mixed_BTD = _without_padding(source_BTD, plan)
     if normalize is Normalize.key_energy:
         mixed_BTD = _unit_rms(mixed_BTD)
-    if conv_weight_D15 is not None:
-        mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D15, plan, passes or PLAIN)
+    if conv is Conv.next_token:
+        conv_weight_D1K = mixed_BTD.new_ones(hidden, 1, 1)
+    if conv_weight_D1K is not None:
+        first = conv_offsets(conv, conv_weight_D1K.shape[2]).start
+        mixed_BTD = _ChunkedConv.apply(mixed_BTD, conv_weight_D1K, first, plan, passes or PLAIN)
         mixed_BTD = _without_padding(mixed_BTD, plan)
     return mixed_BTD if proj_weight_DE is None else mixed_BTD @ proj_weight_DE
 
@@ -90,10 +95,11 @@ class ConvPasses:
     """The passes over the tokens that the convolution and its gradients are made of.
 
     Attributes:
-        sum_of_neighbours: (tokens ``[B, T, D]``, weight ``[D, 5]``, plan, ``direction=`` 1 or -1)
-            to ``out_t = sum_j w_j * u_{t + direction (j - 2)}`` inside segments, ``[B, T, D]``.
-        products_with_neighbours: (left, right ``[B, T, D]``, plan) to the sums over tokens of
-            ``left_t * right_{t + j - 2}`` inside segments, ``[D, 5]``.
+        sum_of_neighbours: (tokens ``[B, T, D]``, weight ``[D, K]``, plan, ``first=`` offset of the
+            first tap, ``direction=`` 1 or -1) to ``out_t = sum_j w_j * u_{t + direction (first +
+            j)}`` inside segments, ``[B, T, D]``.
+        products_with_neighbours: (left, right ``[B, T, D]``, plan, ``first=``, ``taps=`` K) to the
+            sums over tokens of ``left_t * right_{t + first + j}`` inside segments, ``[D, K]``.
     """
 
     sum_of_neighbours: Callable[..., Tensor]
@@ -101,7 +107,7 @@ class ConvPasses:
 
 
 class _ChunkedConv(torch.autograd.Function):
-    """``out_t = sum_j w_j * u_{t+j-2}`` inside each segment (chunk and document); saves U alone.
+    """``out_t = sum_j w_j * u_{t+first+j}`` inside segments (chunk and document); saves U alone.
 
     Accumulates in the state's dtype. With ``s`` the offset, ``dU`` is the same sum with offsets
     ``-s``, and ``dw_j`` the sum over tokens of ``dout_t * u_{t+s}``.
@@ -109,50 +115,63 @@ class _ChunkedConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, source_BTD: Tensor, weight_D15: Tensor, plan: ChunkPlan, passes: ConvPasses
+        ctx: Any,
+        source_BTD: Tensor,
+        weight_D1K: Tensor,
+        first: int,
+        plan: ChunkPlan,
+        passes: ConvPasses,
     ) -> Tensor:
-        ctx.save_for_backward(source_BTD, weight_D15)
-        ctx.plan, ctx.passes = plan, passes
-        return passes.sum_of_neighbours(source_BTD, weight_D15[:, 0], plan, direction=1)
+        ctx.save_for_backward(source_BTD, weight_D1K)
+        ctx.first, ctx.plan, ctx.passes = first, plan, passes
+        return passes.sum_of_neighbours(
+            source_BTD, weight_D1K[:, 0], plan, first=first, direction=1
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_out_BTD: Tensor) -> tuple[Tensor | None, ...]:
         passes: ConvPasses = ctx.passes
-        source_BTD, weight_D15 = ctx.saved_tensors
-        d_source_BTD = d_weight_D15 = None
+        source_BTD, weight_D1K = ctx.saved_tensors
+        d_source_BTD = d_weight_D1K = None
         if ctx.needs_input_grad[0]:
             d_source_BTD = passes.sum_of_neighbours(
-                d_out_BTD, weight_D15[:, 0], ctx.plan, direction=-1
+                d_out_BTD, weight_D1K[:, 0], ctx.plan, first=ctx.first, direction=-1
             )
         if ctx.needs_input_grad[1]:
-            taps_D5 = passes.products_with_neighbours(d_out_BTD, source_BTD, ctx.plan)
-            d_weight_D15 = taps_D5[:, None].to(weight_D15.dtype)
-        return d_source_BTD, d_weight_D15, None, None
+            taps_DK = passes.products_with_neighbours(
+                d_out_BTD, source_BTD, ctx.plan, first=ctx.first, taps=weight_D1K.shape[2]
+            )
+            d_weight_D1K = taps_DK[:, None].to(weight_D1K.dtype)
+        return d_source_BTD, d_weight_D1K, None, None, None
 
 
 def _sum_of_neighbours(
-    tokens_BTD: Tensor, weight_D5: Tensor, plan: ChunkPlan, *, direction: int
+    tokens_BTD: Tensor, weight_DK: Tensor, plan: ChunkPlan, *, first: int, direction: int
 ) -> Tensor:
     wide = state_dtype(tokens_BTD.dtype)
-    centre = weight_D5[:, _REACH].to(wide)
-    out_BTD = torch.mul(tokens_BTD, centre)
-    for tap in range(KERNEL_SIZE):
-        offset = direction * (tap - _REACH)
+    offsets = range(first, first + weight_DK.shape[1])
+    if 0 in offsets:
+        out_BTD = torch.mul(tokens_BTD, weight_DK[:, -first].to(wide))
+    else:
+        out_BTD = torch.zeros_like(tokens_BTD, dtype=wide)
+    for tap, offset in enumerate(offsets):
         if offset == 0 or abs(offset) >= plan.length:
             continue
-        here, there = _shifted(offset, plan.length)
-        term = tokens_BTD[:, there] * weight_D5[:, tap].to(wide)
-        out_BTD[:, here] += term.masked_fill_(_crosses_edge(plan, offset), 0.0)
+        here, there = _shifted(direction * offset, plan.length)
+        term = tokens_BTD[:, there] * weight_DK[:, tap].to(wide)
+        out_BTD[:, here] += term.masked_fill_(_crosses_edge(plan, direction * offset), 0.0)
     return out_BTD.to(tokens_BTD.dtype)
 
 
-def _products_with_neighbours(left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan) -> Tensor:
-    taps = [
-        _product_with_neighbour(left_BTD, right_BTD, plan, offset=tap - _REACH)
-        for tap in range(KERNEL_SIZE)
+def _products_with_neighbours(
+    left_BTD: Tensor, right_BTD: Tensor, plan: ChunkPlan, *, first: int, taps: int
+) -> Tensor:
+    found = [
+        _product_with_neighbour(left_BTD, right_BTD, plan, offset=offset)
+        for offset in range(first, first + taps)
     ]
-    return torch.stack(taps, dim=1)
+    return torch.stack(found, dim=1)
 
 
 def _product_with_neighbour(

@@ -2,8 +2,8 @@
 
 The keys ``ttt_mode, ttt_layers, ttt_proj, ttt_lr, ttt_chunk, ttt_target`` are those of the
 published reference implementation, so that checkpoints exchange in both directions; what they
-cannot say goes into ``ttt_conv, ttt_decay, ttt_clip_mode, ttt_clip_bound, ttt_normalize, ttt_write,
-ttt_write_bound``.
+cannot say goes into ``ttt_conv, ttt_kernel_size, ttt_decay, ttt_clip_mode, ttt_clip_bound,
+ttt_normalize, ttt_write, ttt_write_bound``.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config  #
 
 from megatron_ttt.rule import (  # noqa: E402
     HF_TARGETS,
+    KERNEL_SIZE,
     ClipMode,
+    Conv,
     Normalize,
     UpdateRule,
     WriteKind,
+    conv_of,
+    kernel_complaint,
     rule_from_keys,
 )
 
@@ -60,6 +64,10 @@ def _check(config: Any) -> None:
         )
     config.ttt_layers = sorted({layer for layer in config.ttt_layers if 0 <= layer < layers})
     faults = []
+    config.ttt_conv = conv_of(config.ttt_conv)
+    complaint = kernel_complaint(config.ttt_conv, config.ttt_kernel_size)
+    if complaint is not None:
+        faults.append(f"ttt_kernel_size={config.ttt_kernel_size}: {complaint}")
     if config.ttt_chunk < 1:
         faults.append(f"ttt_chunk={config.ttt_chunk}: at least 1")
     if not 0.0 < config.ttt_decay <= 1.0:
@@ -71,6 +79,7 @@ def _check(config: Any) -> None:
     for key, valid in (
         ("ttt_target", tuple(HF_TARGETS.values())),
         ("ttt_clip_mode", tuple(mode.value for mode in ClipMode)),
+        ("ttt_conv", tuple(mode.value for mode in Conv)),
         ("ttt_normalize", tuple(mode.value for mode in Normalize)),
         ("ttt_write", tuple(kind.value for kind in WriteKind)),
     ):
@@ -96,7 +105,8 @@ class TTTKeys:
     ttt_lr: float | int = 0.3
     ttt_chunk: int = 8192
     ttt_target: str = "hidden_states"
-    ttt_conv: bool = True
+    ttt_conv: str | bool = "learned"  # True and False: learned and off
+    ttt_kernel_size: int = KERNEL_SIZE
     ttt_decay: float | int = 1.0
     ttt_clip_mode: str = "off"
     ttt_clip_bound: float | int = 0.1

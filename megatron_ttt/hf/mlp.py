@@ -122,6 +122,7 @@ class FastWeightMLP(nn.Module):
             self._parameter(CONV),
             self._parameter(PROJ),
             plan=plan,
+            conv=rule.conv,
             normalize=rule.normalize,
         )
         own = {name: self._parameter(name) for name in write_parameters(rule)}

@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights.write_rules import TokenInputs
 from megatron_ttt.files import replacing
 from megatron_ttt.inference.fast_weight_state import FastWeightState
-from megatron_ttt.rule import UpdateRule, reads_hidden_apart, rule_identity
+from megatron_ttt.rule import AS_PUBLISHED, UpdateRule, reads_hidden_apart, rule_identity
 
 _FORMAT = "megatron_ttt state 1"
 TOKEN_TENSORS = ("keys", "source", "hidden")  # of an unfinished chunk; the last where it is apart
@@ -59,7 +59,8 @@ class Identity:
     decay: float
     clip: str
     normalize: str
-    write: str = "plain"  # files of before there were others do not say
+    write: str = "plain"  # files of before there were others do not say, here and below
+    conv: str = AS_PUBLISHED
     layout: str = "1 rank"
 
     def differences(self, other: Identity) -> list[str]:

@@ -82,7 +82,7 @@ def _class_of(folder: Path) -> tuple[Any, dict[str, Any]]:
     if kind is None:
         message = f"no class reads its fast weights; known: {', '.join(_PUBLISHED)}"
         raise ConfigError([Fault(f"{folder}: model_type", config.get("model_type"), message)])
-    return kind, {"ttt_layers": rule.layers, "ttt_conv": rule.conv, "ttt_proj": rule.proj}
+    return kind, {"ttt_layers": rule.layers, "ttt_conv": rule.conv.value, "ttt_proj": rule.proj}
 
 
 class TransformersBackend:

@@ -1,7 +1,7 @@
 """A Megatron MLP whose down projection is a fast weight.
 
 Megatron builds it from a ``ModuleSpec`` in place of its own MLP; parameters keep their Megatron
-names, and those that the update rule adds (``rule.py``) join them: ``ttt_conv.weight [H, 1, 5]``,
+names, and those that the update rule adds (``rule.py``) join them: ``ttt_conv.weight [H, 1, K]``,
 ``ttt_proj.weight [H, H / tp]``, and a write rule's own.
 
 Tensor parallelism. ``W0``, the state and its gradient are split along ffn, so updates need no
@@ -238,6 +238,7 @@ class FastWeightMLP(MLP):
             conv,
             proj,
             plan=plan,
+            conv=rule.conv,
             normalize=rule.normalize,
             passes=conv_passes(source),
         )

@@ -39,6 +39,7 @@ from megatron_ttt.rule import (
     GATE_BIAS,
     Clip,
     ClipMode,
+    Conv,
     Normalize,
     UpdateRule,
     WriteKind,
@@ -62,6 +63,8 @@ class Case:
     padding: tuple[tuple[int, ...], ...] = ()  # per row: padding tokens
     decay: float = 1.0
     clip: Clip = field(default_factory=Clip)
+    conv: Conv = Conv.learned
+    kernel_size: int = 5
     normalize: Normalize = Normalize.none
     has_carry: bool = False
     has_write_keys: bool = False  # writes go under keys of their own
@@ -96,7 +99,7 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     return {
         "keys": draw(case.batch, case.length, case.ffn),
         "source": draw(case.batch, case.length, case.hidden),
-        "conv": draw(case.hidden, 1, 5) / 2,
+        "conv": draw(case.hidden, 1, case.kernel_size) / 2,
         "proj": draw(case.hidden, case.hidden) / 2,
         "weight": draw(case.hidden, case.ffn),
         "carry": draw(case.batch, case.hidden, case.ffn),
@@ -108,6 +111,11 @@ def inputs(case: Case, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         "gate": draw(case.hidden) / 2,
         "gate_bias": draw(1) / 2,
     }
+
+
+def kernel_of(case: Case, tensors: dict[str, Tensor]) -> Tensor | None:
+    """The convolution's weight where it has one."""
+    return tensors["conv"] if case.conv.is_learned else None
 
 
 def _factors(case: Case, draw: Callable[..., Tensor]) -> Tensor:
@@ -130,6 +138,8 @@ def update_rule(case: Case) -> UpdateRule:
         eta=eta_of(case),
         decay=case.decay,
         clip=case.clip,
+        conv=case.conv,
+        kernel_size=case.kernel_size,
         normalize=case.normalize,
         write=case.write,
     )
@@ -138,6 +148,9 @@ def update_rule(case: Case) -> UpdateRule:
 def eta_of(case: Case) -> float:
     """The rate at which everything the row could write is ``update_ratio`` of ``W0``."""
     tensors = inputs(case)
+    if case.normalize is Normalize.spectral:  # every chunk writes a matrix of spectral norm 1
+        chunks = -(-case.length // case.chunk_size)
+        return float(case.update_ratio * torch.linalg.matrix_norm(tensors["weight"], 2) / chunks)
     summary = torch.einsum("btd,btf->bdf", tensors["source"] @ tensors["proj"], tensors["keys"])
     rate = case.update_ratio * tensors["weight"].norm() / summary[0].norm()
     if case.normalize is Normalize.key_energy:
@@ -155,6 +168,7 @@ def differentiate(
     absent = {
         "carry": not case.has_carry,
         "write_keys": not case.has_write_keys,
+        "conv": not case.conv.is_learned,
         **dict.fromkeys(GATE_GRADIENTS, case.write.kind is not WriteKind.gated),
     }
     wanted = [name for name in GRADIENTS if not absent.get(name, False)]
@@ -184,7 +198,9 @@ def solve_reference(case: Case) -> Solution:
         "padding": case.mask(case.padding),
         "normalize": case.normalize,
     }
-    targets = reference_target(tensors["source"], tensors["conv"], tensors["proj"], **layout)
+    targets = reference_target(
+        tensors["source"], kernel_of(case, tensors), tensors["proj"], conv=case.conv, **layout
+    )
     if case.write.kind is WriteKind.gated:
         gate = reference_gate(tensors["hidden"], tensors["gate"], tensors["gate_bias"])
         targets = targets * gate[..., None]
@@ -235,7 +251,12 @@ def solve_chunked(
         keys = keys.transpose(0, 1).contiguous().transpose(0, 1)
         source = source.transpose(0, 1).contiguous().transpose(0, 1)
     targets = target_from_source(
-        source, tensors["conv"], tensors["proj"], plan=plan, normalize=case.normalize
+        source,
+        kernel_of(case, tensors),
+        tensors["proj"],
+        plan=plan,
+        conv=case.conv,
+        normalize=case.normalize,
     )
     output = fast_weight_scan(
         keys,
@@ -377,6 +398,7 @@ def cases(draw: st.DrawFn, *, whole_spans: int | None = None) -> Case:
     rows = {"min_size": batch, "max_size": batch}
     kinds = st.sampled_from([WriteKind.plain, *WriteKind])
     write = WriteSettings(draw(kinds), draw(st.sampled_from([0.05, 0.3])))
+    conv = draw(st.sampled_from([Conv.learned, *Conv]))
     off, relative, absolute = ClipMode
     clips = [Clip(relative, 0.01), Clip(relative, 0.03), Clip(absolute, 0.1)]
     return Case(
@@ -389,6 +411,8 @@ def cases(draw: st.DrawFn, *, whole_spans: int | None = None) -> Case:
         padding=draw(st.one_of(st.just(()), st.lists(padding, **rows).map(tuple))),
         decay=draw(st.sampled_from([1.0, 1.0, 0.8])),
         clip=draw(st.sampled_from([Clip(off), Clip(off), *clips])),
+        conv=conv,
+        kernel_size=draw(st.sampled_from([1, 3, 5, 9] if conv is Conv.learned else [1, 2, 4, 5])),
         normalize=draw(st.sampled_from(list(Normalize))),
         has_carry=draw(st.booleans()),
         has_write_keys=draw(st.booleans()),

@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_ttt.fast_weights import plan_chunks, target_from_source
 from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.target import ConvPasses
-from megatron_ttt.rule import Normalize
+from megatron_ttt.rule import Conv, Normalize
 
 BATCH, LENGTH, HIDDEN = 3, 150, 70  # nothing is a multiple of a program's share
 
@@ -52,13 +52,15 @@ PLANS = {
 }
 
 
-def solved(plan: ChunkPlan, dtype: torch.dtype, memory: str, **options: Any) -> list[Tensor]:
+def solved(
+    plan: ChunkPlan, dtype: torch.dtype, memory: str, taps: int = 5, **options: Any
+) -> list[Tensor]:
     """Targets and both gradients, of tokens in either memory order."""
     generator = torch.Generator().manual_seed(1)
     shape = (BATCH, LENGTH, HIDDEN) if memory == "rows" else (LENGTH, BATCH, HIDDEN)
     source = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     source = (source if memory == "rows" else source.transpose(0, 1)).requires_grad_()
-    weight = torch.randn(HIDDEN, 1, 5, generator=generator, dtype=torch.float64).to(dtype)
+    weight = torch.randn(HIDDEN, 1, taps, generator=generator, dtype=torch.float64).to(dtype)
     weight.requires_grad_()
     targets = target_from_source(source, weight, None, plan=plan, **options)
     upstream = torch.randn(targets.shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -68,10 +70,24 @@ def solved(plan: ChunkPlan, dtype: torch.dtype, memory: str, **options: Any) -> 
 @pytest.mark.parametrize("memory", ["rows", "tokens first"])
 @pytest.mark.parametrize("plan", PLANS)
 def test_equals_the_plain_form(passes: ConvPasses, plan: str, memory: str) -> None:
-    found = solved(PLANS[plan], torch.float64, memory, passes=passes)
-    expected = solved(PLANS[plan], torch.float64, memory)
-    for mine, right in zip(found, expected, strict=True):
-        torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+    for kernel in ({}, {"taps": 9}, {"taps": 4, "conv": Conv.causal}):
+        found = solved(PLANS[plan], torch.float64, memory, passes=passes, **kernel)
+        expected = solved(PLANS[plan], torch.float64, memory, **kernel)
+        for mine, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_next_token(passes: ConvPasses, plan: str) -> None:
+    source = torch.randn(BATCH, LENGTH, HIDDEN, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(source)
+    found, expected = (
+        target_from_source(source, None, None, plan=PLANS[plan], conv=Conv.next_token, passes=form)
+        for form in (passes, None)
+    )
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(one, source, upstream) for one in (found, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,5 +105,5 @@ def test_infinities_stay_in_their_document(passes: ConvPasses) -> None:
     plan = plan_of(64, [[0, 50]] * BATCH)
     source = torch.randn(BATCH, LENGTH, HIDDEN)
     source[:, 50:] = float("inf")
-    summed = passes.sum_of_neighbours(source, torch.randn(HIDDEN, 5), plan, direction=1)
+    summed = passes.sum_of_neighbours(source, torch.randn(HIDDEN, 5), plan, first=-2, direction=1)
     assert summed[:, :50].isfinite().all() and not summed[:, 50:].isfinite().any()

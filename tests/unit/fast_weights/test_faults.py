@@ -49,8 +49,8 @@ def double_conv_gradient(patch: Patch) -> None:
 def double_proj_gradient(patch: Patch) -> None:
     right = cases.target_from_source
 
-    def wrong(source: Tensor, conv: Tensor, proj: Tensor, **options: Any) -> Tensor:
-        return right(source, conv, 2 * proj - proj.detach(), **options)
+    def wrong(source: Tensor, kernel: Tensor, proj: Tensor, **options: Any) -> Tensor:
+        return right(source, kernel, 2 * proj - proj.detach(), **options)
 
     patch.setattr(cases, "target_from_source", wrong)
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_ttt.fast_weights import ChunkPlan, plan_chunks, target_from_source
 from megatron_ttt.fast_weights.reference import reference_target
-from megatron_ttt.rule import Normalize
-from tests.unit.fast_weights.cases import Case, cases, documents_case, inputs
+from megatron_ttt.rule import Conv, Normalize
+from tests.unit.fast_weights.cases import Case, cases, documents_case, inputs, kernel_of
 
 
 def plan_of(case: Case) -> ChunkPlan:
@@ -32,6 +32,7 @@ def reference(case: Case, source: Tensor, conv: Tensor | None, proj: Tensor | No
         chunk_size=case.chunk_size,
         document_starts=case.mask(case.starts),
         padding=case.mask(case.padding),
+        conv=case.conv,
         normalize=case.normalize,
     )
 
@@ -40,12 +41,39 @@ def reference(case: Case, source: Tensor, conv: Tensor | None, proj: Tensor | No
 @given(case=cases())
 def test_equals_the_reference(case: Case) -> None:
     tensors = inputs(case)
-    for conv in (tensors["conv"], None):
-        for proj in (tensors["proj"], None):
-            found = target_from_source(
-                tensors["source"], conv, proj, plan=plan_of(case), normalize=case.normalize
-            )
-            torch.testing.assert_close(found, reference(case, tensors["source"], conv, proj))
+    conv = kernel_of(case, tensors)
+    for proj in (tensors["proj"], None):
+        found = target_from_source(
+            tensors["source"],
+            conv,
+            proj,
+            plan=plan_of(case),
+            conv=case.conv,
+            normalize=case.normalize,
+        )
+        torch.testing.assert_close(found, reference(case, tensors["source"], conv, proj))
+
+
+def test_the_next_token_is_the_target_inside_chunk_and_document() -> None:
+    case = Case(length=12, starts=((0, 6), (3,)))
+    source = inputs(case)["source"]
+    found = target_from_source(source, None, None, plan=plan_of(case), conv=Conv.next_token)
+    expected = source.roll(-1, dims=1)
+    expected[0, [3, 5, 7, 11]] = 0  # the last of a chunk or document has nobody behind it
+    expected[1, [2, 3, 7, 11]] = 0
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_causal_kernel_is_a_centred_one_that_ends_at_the_token() -> None:
+    case = documents_case()
+    tensors = inputs(case)
+    source, plan = tensors["source"], plan_of(case)
+    kernel = tensors["conv"][:, :, :3]
+    centred = torch.nn.functional.pad(kernel, (0, 2))
+    torch.testing.assert_close(
+        target_from_source(source, kernel, None, plan=plan, conv=Conv.causal),
+        target_from_source(source, centred, None, plan=plan),
+    )
 
 
 def test_equals_a_depthwise_convolution_of_each_chunk() -> None:
@@ -59,14 +87,16 @@ def test_equals_a_depthwise_convolution_of_each_chunk() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 11])
+@pytest.mark.parametrize("conv", [Conv.learned, Conv.causal])
 @pytest.mark.parametrize("normalize", list(Normalize))
-def test_gradcheck(length: int, normalize: Normalize) -> None:
+def test_gradcheck(length: int, normalize: Normalize, conv: Conv) -> None:
     case = Case(length=length, starts=((length // 2,), ()), padding=((), (length - 1,)))
     tensors = inputs(case)
     arguments = [tensors[name].requires_grad_() for name in ("source", "conv", "proj")]
 
-    def target(source: Tensor, conv: Tensor, proj: Tensor) -> Tensor:
-        return target_from_source(source, conv, proj, plan=plan_of(case), normalize=normalize)
+    def target(source: Tensor, kernel: Tensor, proj: Tensor) -> Tensor:
+        plan = plan_of(case)
+        return target_from_source(source, kernel, proj, plan=plan, conv=conv, normalize=normalize)
 
     assert torch.autograd.gradcheck(target, arguments)
 
@@ -119,8 +149,8 @@ def test_bfloat16_sums_in_float32() -> None:
     ("source", "conv", "proj", "message"),
     [
         ((2, 20, 5), (5, 1, 5), (5, 5), r"plan is for \[2, 21\], source is \[2, 20\]"),
-        ((2, 21, 5), (5, 1, 3), (5, 5), r"conv weight \[5, 1, 3\] is not \[5, 1, 5\]"),
-        ((2, 21, 5), (4, 1, 5), (5, 5), r"conv weight \[4, 1, 5\] is not \[5, 1, 5\]"),
+        ((2, 21, 5), (5, 2, 5), (5, 5), r"conv weight \[5, 2, 5\] is not \[5, 1, taps\]"),
+        ((2, 21, 5), (4, 1, 5), (5, 5), r"conv weight \[4, 1, 5\] is not \[5, 1, taps\]"),
         ((2, 21, 5), (5, 1, 5), (4, 5), r"projection \[4, 5\] does not take 5"),
     ],
 )
