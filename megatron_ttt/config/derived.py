@@ -109,6 +109,11 @@ def warmup_steps(config: Config) -> int:
     return round(config.optimizer.warmup_fraction * config.train.steps)
 
 
+def eta_factor(config: Config, step: int) -> float:
+    """Return the share of ``ttt.eta`` that a step writes and reads with; steps count from 1."""
+    return min(1.0, step / max(config.train.eta_warmup_steps, 1))
+
+
 def decay_steps(config: Config) -> int:
     """Step from which on the learning rate stays at ``optimizer.min_lr``."""
     return round(config.optimizer.decay_fraction * config.train.steps)

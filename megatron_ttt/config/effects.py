@@ -226,6 +226,7 @@ TRAINING_EFFECTS: Effects = {
     "parallel.bucket_size": ALWAYS,  # as this one
     "parallel.timeout_s": ALWAYS,
     "optimizer.lr": ALWAYS,
+    "optimizer.target_lr_factor": _FAST,
     "optimizer.min_lr": (
         Condition("optimizer.schedule", lambda c: c.optimizer.schedule is not Schedule.constant),
     ),
@@ -243,6 +244,7 @@ TRAINING_EFFECTS: Effects = {
     "optimizer.epsilon": ALWAYS,
     "optimizer.clip_grad": ALWAYS,
     "train.steps": ALWAYS,
+    "train.eta_warmup_steps": _FAST,
     "train.seed": ALWAYS,
     "train.seq_length": ALWAYS,
     "train.micro_batch_size": ALWAYS,

@@ -233,6 +233,7 @@ class ParallelConfig:
 @dataclass
 class OptimizerConfig:
     lr: float = 5e-6
+    target_lr_factor: float = 1.0  # of what fast weights add to a model, its target generator
     min_lr: float = 0.0
     schedule: Schedule = Schedule.cosine
     warmup_steps: int | None = None  # null: warmup_fraction of train.steps
@@ -263,6 +264,7 @@ class TrainConfig(PassConfig):
     steps: int = 1000
     global_batch_size: int = 8
     trainable: Trainable = Trainable.all
+    eta_warmup_steps: int = 0  # steps over which eta rises to ttt.eta; the first has a share of it
 
 
 @dataclass

@@ -131,10 +131,14 @@ def _fast_weight_lines(config: Config) -> list[str]:
     if not layers:
         return ["fast weights  none (ttt=off)"]
     chunks = -(-config.train.seq_length // ttt.chunk_size)
+    factor, warmup = config.optimizer.target_lr_factor, config.train.eta_warmup_steps
+    rates = [f"target rate   {factor:g} times the learning rate"] if factor != 1 else []
+    rates += [f"eta           rises over {warmup} steps"] if warmup else []
     return [
         f"fast weights  layers {', '.join(map(str, layers))}",
         f"update        eta {ttt.eta:g}, normalize {ttt.normalize.name}, target {ttt.target.name},"
         f" convolution {ttt.conv.name}, clip {ttt.clip.mode.name}, decay {ttt.decay:g}",
+        *rates,
         f"chunks        {chunks} of {ttt.chunk_size} tokens a sequence",
         f"state         {state_bytes(config):,} bytes per layer and row"
         f" (fp32, on each of {config.parallel.tp} tp ranks)",

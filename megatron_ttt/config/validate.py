@@ -240,6 +240,9 @@ def _train_faults(config: Config) -> Iterator[Fault]:
                 train.recompute_modules,
                 f"must name some of {', '.join(RECOMPUTE_MODULES)}",
             )
+    if train.eta_warmup_steps > train.steps:
+        message = f"must be at most train.steps={train.steps}, or eta never reaches ttt.eta"
+        yield Fault("train.eta_warmup_steps", train.eta_warmup_steps, message)
     if train.trainable is not Trainable.all and not derived.ttt_layers(config):
         yield Fault("train.trainable", train.trainable, "needs fast weights: ttt=off has none")
     if train.trainable is not Trainable.all and config.parallel.pp > 1:

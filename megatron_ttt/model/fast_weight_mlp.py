@@ -18,6 +18,7 @@ Shape letters: L local tokens (all of the span, not split by sequence parallelis
 H hidden, F ffn / tp.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,12 +144,13 @@ class FastWeightMLP(MLP):
         """Return the down projection as a fast weight: ``[L, B, H]``, partial over tensor ranks."""
         assert layout.plan is not None
         tokens = self._token_inputs(inputs, keys, layout)
+        rule = replace(self.rule, eta=layout.eta_factor * self.rule.eta)
         output = fast_weight_scan(
             tokens.keys_BTF,
-            self._write(tokens, layout.plan, self.rule, weight),
+            self._write(tokens, layout.plan, rule, weight),
             weight,
             plan=layout.plan,
-            eta=self.rule.eta,
+            eta=rule.eta,
             spans=len(layout.ranges),
             exchange=self._exchange(layout),
             wants_norms=layout.wants_norms,

@@ -79,6 +79,7 @@ class SequenceLayout(PackedSeqParams):
         embeddings: the input embeddings as an autograd leaf ``[L or L/tp, B, H]``, set by the
             model where targets come from them.
         wants_norms: whether layers fill ``state_squares``.
+        eta_factor: share of the rule's eta that layers compute with.
         state_squares: per layer (from 0) ``[B, chunks]``, squared Frobenius norm of the local
             shard of the state that enters each local chunk; filled while the layers run.
         carries: per layer ``[S, B, H, F]``, the states that entered this rank's spans, kept from
@@ -97,6 +98,7 @@ class SequenceLayout(PackedSeqParams):
     exchange: SpanExchange | None = None
     embeddings: Tensor | None = None
     wants_norms: bool = True
+    eta_factor: float = 1.0
     state_squares: dict[int, Tensor] = field(default_factory=dict)
     carries: dict[int, Tensor] = field(default_factory=dict)
     scans: list[ScanRecord] = field(default_factory=list)
@@ -140,6 +142,7 @@ def sequence_layout(
     scan: ScanSettings,
     device: torch.device,
     wants_norms: bool = True,
+    eta_factor: float = 1.0,
 ) -> SequenceLayout:
     """Return the layout of a micro-batch for one context-parallel rank, from its whole rows.
 
@@ -155,6 +158,7 @@ def sequence_layout(
         scan: the ranks that share the row, and this one's place among them.
         device: where the layout's tensors go.
         wants_norms: whether layers note the norms of their states.
+        eta_factor: share of the rule's eta that layers compute with.
     """
     batch, length = document_starts.shape
     ranges: Sequence[tuple[int, int]] = [(0, length)]  # cp = 1: one run of any length
@@ -195,6 +199,7 @@ def sequence_layout(
         plan=plan,
         exchange=exchange,
         wants_norms=wants_norms,
+        eta_factor=eta_factor,
     )
 
 

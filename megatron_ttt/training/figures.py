@@ -90,6 +90,8 @@ def gather_rows(
         )
     ]
     layers = ttt_layers(config)
+    if layers and config.train.eta_warmup_steps:
+        rows[-1]["ttt/eta"] = _eta(observations, config)
     for layer, ratio in zip(layers, known, strict=True) if observations.has_norms else ():
         rows[-1][f"ttt/update_ratio/layer_{layer:02d}"] = ratio
     if layers and config.parallel.cp > 1:
@@ -145,8 +147,12 @@ def update_ratios(
     *parts, slow = whole.split([*map(len, parts), len(weights)])
     most = torch.stack([part.max() for part in parts])
     first = layers.index(min(fast))  # the layers of a stage follow each other
-    ratios[first : first + len(parts)] = update_ratio(most, slow, eta=config.ttt.eta)
+    ratios[first : first + len(parts)] = update_ratio(most, slow, eta=_eta(observations, config))
     return ratios
+
+
+def _eta(observations: Observations, config: Config) -> float:
+    return observations.eta_factor * config.ttt.eta
 
 
 def finite_grad_norm(optimizer: MegatronOptimizer) -> Callable[[], float]:
@@ -171,6 +177,12 @@ def _advice(what: str) -> str:
     return f"{what}; lower optimizer.lr or ttt.eta, or bound the updates with ttt.clip"
 
 
+def _target_rate(lr: float, config: Config) -> Row:
+    """Return the learning rate of the target generator where it has one of its own."""
+    factor = config.optimizer.target_lr_factor
+    return {"ttt/lr": factor * lr} if ttt_layers(config) and factor != 1 else {}
+
+
 def _row(
     figures: StepFigures, total: float, counted: float, pairs: float, config: Config, ranks: Ranks
 ) -> Row:
@@ -185,6 +197,7 @@ def _row(
         "loss": loss,
         "grad_norm": figures.grad_norm,
         "lr": figures.lr,
+        **_target_rate(figures.lr, config),
         "consumed_tokens": figures.consumed_tokens,
         "tokens_per_second": tokens / figures.seconds,
         "tflops_per_device": per_device,

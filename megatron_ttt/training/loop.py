@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from megatron_ttt.checkpoints.progress import Progress
-from megatron_ttt.config.derived import micro_batches, ttt_layers
+from megatron_ttt.config.derived import eta_factor, micro_batches, ttt_layers
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.run_directory import CONFIG_FILE, plain
 from megatron_ttt.config.schema import Config, OptimizerForm, TTTMode
@@ -43,7 +43,7 @@ from megatron_ttt.training.metrics import Reporter, Row, plot_loss, read_metrics
 from megatron_ttt.training.resilience import STOPPED, Displaced, StopRequest, on_first_rank
 from megatron_ttt.training.resume import start, weights_follow
 from megatron_ttt.training.run_folder import sole_writer
-from megatron_ttt.training.schedule import lr_schedule
+from megatron_ttt.training.schedule import lr_schedule, target_rate
 from megatron_ttt.training.step import (
     ForwardStep,
     LossSum,
@@ -79,11 +79,11 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate of the next step; the target generator may have a multiple of it."""
+        return float(self.scheduler.get_lr({}))
 
     def train_step(
-        self, data: Any, *, wants_norms: bool = True
+        self, data: Any, *, wants_norms: bool = True, eta_factor: float = 1.0
     ) -> tuple[Tensor, float, Observations]:
         """One optimizer step over a global batch: (this rank's loss sums, gradient norm, ...).
 
@@ -96,6 +96,7 @@ class Trainer:
             scan=self.scan,
             mode=self.config.ttt.mode,
             wants_norms=wants_norms,
+            eta_factor=eta_factor,
         )
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -110,10 +111,12 @@ class Trainer:
         self.scheduler.step(self.config.train.global_batch_size)
         return loss_sums, float(grad_norm), step.observations
 
-    def validation_loss(self, data: Any, mode: TTTMode) -> float:
+    def validation_loss(self, data: Any, mode: TTTMode, eta_factor: float = 1.0) -> float:
         """Loss over ``validation.batches`` global batches with fast weights on or off."""
         self.model.eval()
-        step = ForwardStep(self.config, self.ranks, scan=self.scan, mode=mode)
+        step = ForwardStep(
+            self.config, self.ranks, scan=self.scan, mode=mode, eta_factor=eta_factor
+        )
         with torch.no_grad():
             loss_sums = run_micro_batches(
                 step,
@@ -263,8 +266,9 @@ def build_trainer(config: Config, ranks: Ranks, begin: Origin = Origin.DRAWN) ->
         model,
         pg_collection=ranks.groups,
     )
+    settings = optimizer_config(config)
     optimizer = get_megatron_optimizer(
-        optimizer_config(config), [wrapped], use_gloo_process_groups=False
+        settings, [wrapped], target_rate(config, settings), use_gloo_process_groups=False
     )
     transformer.grad_scale_func = optimizer.scale_loss
     optimizer.get_grad_norm = finite_grad_norm(optimizer)
@@ -306,7 +310,7 @@ def train(
         reports = validates or saves or due(step, config.logging.interval) or not pending.reported
         try:
             loss_sums, grad_norm, observations = trainer.train_step(
-                data.train_iterator, wants_norms=reports
+                data.train_iterator, wants_norms=reports, eta_factor=eta_factor(config, step)
             )
         except FloatingPointError as error:
             _write(reporter, pending.rows(trainer.model, config, trainer.ranks))
@@ -332,7 +336,7 @@ def train(
         saves = saves or stopping
         if reports or stopping:
             rows = pending.rows(trainer.model, config, trainer.ranks)
-            rows[-1] |= _validate(trainer, data) if validates else {}
+            rows[-1] |= _validate(trainer, data, eta_factor(config, step)) if validates else {}
             _write(reporter, rows)
         if config.logging.sample_ids:
             _log_samples(trainer, step, observations)
@@ -380,14 +384,14 @@ def _log_samples(trainer: Trainer, step: int, observations: Observations) -> Non
             file.write(json.dumps(row) + "\n")
 
 
-def _validate(trainer: Trainer, data: DataStreams) -> Row:
+def _validate(trainer: Trainer, data: DataStreams, eta_factor: float) -> Row:
     """Measure the validation loss with fast weights on and, from the same weights, off."""
     assert data.validation_iterator is not None
     modes = {"validation/loss": trainer.config.ttt.mode}
     if ttt_layers(trainer.config):
         modes["validation/loss_ttt_off"] = TTTMode.off
     return {
-        name: trainer.validation_loss(data.validation_iterator(), mode)
+        name: trainer.validation_loss(data.validation_iterator(), mode, eta_factor)
         for name, mode in modes.items()
     }
 

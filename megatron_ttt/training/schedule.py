@@ -1,11 +1,19 @@
 """The learning rate over a run, counted in samples: it does not depend on the batch size."""
 
-from megatron.core.optimizer import MegatronOptimizer
+from typing import Any
+
+from megatron.core.optimizer import MegatronOptimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import (
+    OptimizerConfig,
+    ParamKey,
+    ParamWithNamePredicate,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ttt.checkpoints.progress import BEGINNING, Progress
-from megatron_ttt.config.derived import decay_steps, warmup_steps
+from megatron_ttt.config.derived import decay_steps, ttt_layers, warmup_steps
 from megatron_ttt.config.schema import Config
+from megatron_ttt.rule import added_start
 
 
 def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
@@ -27,6 +35,24 @@ def lr_schedule(config: Config, optimizer: MegatronOptimizer) -> OptimizerParamS
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def target_rate(config: Config, settings: OptimizerConfig) -> dict[ParamKey, Any] | None:
+    """Return Megatron's overrides by which the target generator follows a multiple of the schedule.
+
+    ``None`` where it follows the schedule itself: Megatron's own groups of parameters.
+    """
+    factor = config.optimizer.target_lr_factor
+    if factor == 1 or not ttt_layers(config):
+        return None
+    is_added = ParamWithNamePredicate(
+        name="target generator", fn=lambda _, name: added_start(name) is not None
+    )
+    rates = {"max_lr": factor * settings.lr, "min_lr": factor * settings.min_lr}
+    return {
+        **get_standard_config_overrides(settings),
+        ParamKey(with_name_predicate=is_added): rates,
+    }
 
 
 def fit_schedule(scheduler: OptimizerParamScheduler, config: Config, progress: Progress) -> None:

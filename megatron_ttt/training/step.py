@@ -34,6 +34,7 @@ class Observations:
 
     Attributes:
         has_norms: whether the states' norms were observed, on every rank alike.
+        eta_factor: share of ``ttt.eta`` that was computed with.
         state_squares: per fast layer, squared norms ``[B * chunks]`` of local state shards.
         pairs: (query, key) pairs that attention must visit in one layer, on this rank's rows.
         scans: per micro-batch, a record of every scan that was waited for.
@@ -41,6 +42,7 @@ class Observations:
     """
 
     has_norms: bool = False
+    eta_factor: float = 1.0
     state_squares: dict[int, list[Tensor]] = field(default_factory=dict)
     pairs: int = 0
     scans: list[list[ScanRecord]] = field(default_factory=list)
@@ -88,6 +90,7 @@ class ForwardStep:
         scan: ScanSettings,
         mode: TTTMode,
         wants_norms: bool = False,
+        eta_factor: float = 1.0,
     ) -> None:
         """Prepare a step.
 
@@ -96,6 +99,7 @@ class ForwardStep:
             scan: how states travel.
             mode: may switch the fast weights of a model that has them off for this step.
             wants_norms: whether the states' norms are observed.
+            eta_factor: share of ``ttt.eta`` that layers compute with.
         """
         self.config = config
         self.ranks = ranks
@@ -103,7 +107,7 @@ class ForwardStep:
         fast = bool(ttt_layers(config)) and mode is TTTMode.in_place
         self.chunk_size = config.ttt.chunk_size if fast else None
         self.wants_norms = fast and wants_norms
-        self.observations = Observations(has_norms=self.wants_norms)
+        self.observations = Observations(has_norms=self.wants_norms, eta_factor=eta_factor)
 
     def __call__(
         self, data: Iterator[Batch], model: Any
@@ -148,6 +152,7 @@ class ForwardStep:
             scan=self.scan,
             device=self.ranks.device,
             wants_norms=self.wants_norms,
+            eta_factor=self.observations.eta_factor,
         )
 
 

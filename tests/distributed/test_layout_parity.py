@@ -18,7 +18,15 @@ from torch import Tensor
 
 from megatron_ttt.config.schema import Config, Precision, Recompute, Toggle
 from megatron_ttt.parallel.scan_algorithms import ALGORITHMS
-from megatron_ttt.rule import Clip, ClipMode, Normalize, TargetSource, WriteKind, WriteSettings
+from megatron_ttt.rule import (
+    Clip,
+    ClipMode,
+    Conv,
+    Normalize,
+    TargetSource,
+    WriteKind,
+    WriteSettings,
+)
 from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 from megatron_ttt.training.loop import Trainer
 from tests.distributed.training_runs import (
@@ -48,6 +56,19 @@ EMBEDDINGS = {
 WRITES = {
     "gated": WriteSettings(WriteKind.gated),
     "bounded": WriteSettings(WriteKind.bounded, 0.25),
+}
+
+# What a chunk's targets are made of and what its write is divided by, eta in its units.
+TARGETS = {
+    "next_token": {"conv": Conv.next_token, "normalize": Normalize.key_energy, "eta": 0.1},
+    "causal": {"conv": Conv.causal, "kernel_size": 4},
+    "kernel 9, beyond a chunk": {"kernel_size": 9},
+    "spectral": {"normalize": Normalize.spectral, "eta": 0.08},
+    "spectral, bounded": {
+        "normalize": Normalize.spectral,
+        "eta": 0.08,
+        "write": WriteSettings(WriteKind.bounded, 0.25),
+    },
 }
 
 # What a layout is; the rest of a case says which model is trained.
@@ -120,11 +141,18 @@ def baselines(pool: RankPool) -> Baselines:
 
 
 def configure(changes: dict[str, Any]) -> Config:
-    """A tiny configuration; ``decay`` and ``clip`` belong to its fast weights."""
+    """A tiny configuration, with keys of the update rule, the optimizer and the run besides."""
     changes = dict(changes)
-    fast = {key: changes.pop(key) for key in ("decay", "clip") if key in changes}
+    fast = {k: changes.pop(k) for k in ("decay", "clip", "conv", "kernel_size") if k in changes}
+    rates = {k: changes.pop(k) for k in ("target_lr_factor",) if k in changes}
+    train = {k: changes.pop(k) for k in ("eta_warmup_steps",) if k in changes}
     config = tiny_config(**changes)
-    return replace(config, ttt=replace(config.ttt, **fast))
+    return replace(
+        config,
+        ttt=replace(config.ttt, **fast),
+        optimizer=replace(config.optimizer, **rates),
+        train=replace(config.train, **train),
+    )
 
 
 def compare(
@@ -203,6 +231,45 @@ def test_write_rules_equal_one_rank(
     if EMBEDDINGS.items() <= layout.items() and write.kind is WriteKind.bounded:
         write = replace(write, bound=0.3)
     assert compare(pool, baselines, ranks, {**layout, "write": write}, steps=3) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (4, {"tp": 2, "cp": 2, **PIECES}),
+        (2, {"tp": 2, "sequence_parallel": Toggle.off, **SELECTIVE}),
+        (4, {"pp": 2, "cp": 2, **DENSE, **FULL}),
+    ],
+    ids=case_id,
+)
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_targets_and_scales_equal_one_rank(
+    pool: RankPool,
+    baselines: Baselines,
+    target: dict[str, Any],
+    case: tuple[int, dict[str, Any]],
+) -> None:
+    ranks, layout = case
+    assert compare(pool, baselines, ranks, {**layout, **target}, steps=3) == []
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (4, {"tp": 2, "cp": 2}),
+        (4, {"pp": 2, "cp": 2, **FULL}),
+        (2, {"distributed_optimizer": False}),
+        (4, {}),  # dp = 4: the optimizer's groups of parameters are shared out
+    ],
+    ids=case_id,
+)
+def test_rates_of_the_target_equal_one_rank(
+    pool: RankPool, baselines: Baselines, case: tuple[int, dict[str, Any]]
+) -> None:
+    """A learning rate of its own, and an eta that is still rising when this ends."""
+    ranks, layout = case
+    changes = {**layout, "target_lr_factor": 4.0, "eta_warmup_steps": 3, "eta": 0.04}
+    assert compare(pool, baselines, ranks, changes, steps=5) == []
 
 
 def test_decay_and_clip_equal_one_rank(pool: RankPool, baselines: Baselines) -> None:

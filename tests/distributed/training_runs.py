@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ttt.config.derived import ttt_layers
+from megatron_ttt.config.derived import eta_factor, ttt_layers
 from megatron_ttt.config.schema import (
     Config,
     DataConfig,
@@ -230,7 +230,8 @@ def train_one(trainer: Trainer, batch: Batch, report: RunReport, *, keep_gradien
 
         trainer.optimizer.step = step_and_keep
     data = micro_batches_of(batch, trainer.config, trainer.ranks)
-    loss_sums, grad_norm, observations = trainer.train_step(data)
+    factor = eta_factor(trainer.config, len(report.losses) + 1)
+    loss_sums, grad_norm, observations = trainer.train_step(data, eta_factor=factor)
     trainer.optimizer.step = original
     ratios = job_update_ratios(trainer, observations)
     report.losses.append(LossSum.over(trainer.ranks, loss_sums).mean)

@@ -25,6 +25,7 @@ from tests.unit.config.compose import configured
 IDLE = {
     "ttt.mode": "ttt=off",
     "ttt.clip.mode": "ttt.clip.mode=off",
+    "ttt.conv": "ttt.conv=next_token",
     "ttt.write.kind": "ttt.write.kind=plain",
     "parallel.cp": "parallel.cp=1",
     "parallel.tp": "parallel.tp=1",

@@ -44,7 +44,7 @@ def test_no_model_lists_the_choices() -> None:
         (["+model=tiny", "train.steps=null"], ["train.steps=null: must be an integer"]),
         (["+model=tiny", "train.steps=1.5"], ["train.steps=1.5: must be an integer"]),
         (["+model=tiny", "optimizer.lr=fast"], ["optimizer.lr=fast: must be a number"]),
-        (["+model=tiny", "ttt.conv=maybe"], ["ttt.conv=maybe: must be true or false"]),
+        (["+model=tiny", "ttt.conv=maybe"], ["ttt.conv=maybe: must be one of learned, next_token"]),
         (["+model=tiny", "ttt.layers=[a]"], ["must be a list of integers, or null"]),
         (["+model=tiny", "ttt.layers=3"], ["ttt.layers=3: must be a list of integers, or null"]),
         (

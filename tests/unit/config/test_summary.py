@@ -37,7 +37,7 @@ def test_fast_and_added() -> None:
 
     assert counts() == (2 * 2560 * 9728, 2 * (2560 * 2560 + 5 * 2560))
     assert counts("ttt.proj=false") == (2 * 2560 * 9728, 2 * 5 * 2560)
-    assert counts("ttt.conv=false") == (2 * 2560 * 9728, 2 * 2560 * 2560)
+    assert counts("ttt.conv=off") == (2 * 2560 * 9728, 2 * 2560 * 2560)
 
 
 def test_biases_are_counted() -> None:

@@ -13,7 +13,7 @@ from megatron_ttt.config.schema import Config, TTTConfig, TTTMode
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.manifest import check_start
-from megatron_ttt.rule import Clip, ClipMode, Normalize
+from megatron_ttt.rule import Clip, ClipMode, Conv, Normalize
 from tests.unit.config.compose import configured
 
 TRAINED = TTTConfig(layers=[0, 6], eta=3.0, chunk_size=4096)
@@ -23,7 +23,7 @@ CHANGES: dict[str, TTTConfig] = {
     "ttt.decay": replace(TRAINED, decay=0.9),
     "ttt.normalize": replace(TRAINED, normalize=Normalize.key_energy),
     "ttt.layers": replace(TRAINED, layers=[0]),
-    "ttt.conv": replace(TRAINED, conv=False),
+    "ttt.conv": replace(TRAINED, conv=Conv.off),
     "ttt.proj": replace(TRAINED, proj=False),
 }
 

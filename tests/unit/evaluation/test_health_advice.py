@@ -16,7 +16,15 @@ from megatron_ttt.evaluation.health_advice import (
     plain_values,
     warnings_of,
 )
-from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule, WriteKind, WriteSettings
+from megatron_ttt.rule import (
+    Clip,
+    ClipMode,
+    Conv,
+    Normalize,
+    UpdateRule,
+    WriteKind,
+    WriteSettings,
+)
 
 NAN, INF = float("nan"), float("inf")
 LAYER = LayerHealth(
@@ -157,7 +165,9 @@ def test_what_is_raised_is_what_holds_the_writes_down() -> None:
 def test_parts_that_are_off_are_to_be_switched_on() -> None:
     health = with_layer(effective_rank=[1.1, 1.2, 1.1, 1.3])
     assert "ttt.conv" not in warnings_of(health, RULE)[0]
-    assert "train with ttt.conv=true, so" in warnings_of(health, replace(RULE, conv=False))[0]
+    without = replace(RULE, conv=Conv.off)
+    assert "train with ttt.conv=learned, so" in warnings_of(health, without)[0]
+    assert "ttt.conv" not in warnings_of(health, replace(RULE, conv=Conv.next_token))[0]
 
 
 def test_states_that_exploded_are_ill_whatever_the_loss_says() -> None:

@@ -66,7 +66,8 @@ def live_model(
     model = model_class(configuration(**{**SHAPE, **keys})).eval()
     for layer in model.config.ttt_layers:
         mlp = model.model.layers[layer].mlp
-        torch.nn.init.normal_(mlp.ttt_conv.weight, std=0.5)
+        if "ttt_conv.weight" in mlp.added:
+            torch.nn.init.normal_(mlp.ttt_conv.weight, std=0.5)
         if "ttt_proj.weight" in mlp.added:
             torch.nn.init.normal_(mlp.ttt_proj.weight, std=0.3)
         if "ttt_gate.weight" in mlp.added:

@@ -39,7 +39,12 @@ def test_published_checkpoints_that_leave_keys_out() -> None:
     assert Qwen3TTTConfig(num_hidden_layers=40).ttt_layers == [0, 6, 12, 18, 24, 30]
     config = Qwen3TTTConfig(num_hidden_layers=13)
     assert (config.ttt_mode, config.ttt_lr, config.ttt_chunk) == (True, 0.3, 8192)
-    assert (config.ttt_proj, config.ttt_conv, config.ttt_target) == (True, True, "hidden_states")
+    assert (config.ttt_proj, config.ttt_conv, config.ttt_target) == (
+        True,
+        "learned",
+        "hidden_states",
+    )
+    assert Qwen3TTTConfig(ttt_conv=False).ttt_conv == "off"  # as files of before say it
     assert config.ttt_layers == [0, 6, 12]
 
 
@@ -55,6 +60,9 @@ def test_a_layer_that_the_model_lacks_is_dropped_with_one_warning() -> None:
     [
         ({"ttt_chunk": 0}, "ttt_chunk=0: at least 1"),
         ({"ttt_decay": 1.5}, "ttt_decay=1.5"),
+        ({"ttt_conv": "both"}, "ttt_conv='both': one of learned, next_token, causal, off"),
+        ({"ttt_kernel_size": 4}, "ttt_kernel_size=4: must be odd"),
+        ({"ttt_kernel_size": 0}, "ttt_kernel_size=0: must be 1 to 9"),
         ({"ttt_target": "logits"}, "ttt_target='logits': one of hidden_states, input_embed"),
         ({"ttt_normalize": "mean"}, "ttt_normalize='mean'"),
         ({"ttt_clip_mode": "relative", "ttt_clip_bound": 0}, "ttt_clip_bound=0: above 0"),

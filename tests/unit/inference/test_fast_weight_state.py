@@ -14,7 +14,7 @@ from megatron_ttt.fast_weights.documents import ChunkPlan
 from megatron_ttt.fast_weights.reference import reference_fast_weight, reference_target
 from megatron_ttt.inference.fast_weight_state import FastWeightState, LayerTensors
 from megatron_ttt.inference.token_runs import TokenRuns, runs_of_mask, whole_runs
-from megatron_ttt.rule import Clip, ClipMode, Normalize, UpdateRule
+from megatron_ttt.rule import Clip, ClipMode, Conv, Normalize, UpdateRule
 
 C, D, F = 6, 10, 14
 RULES = {
@@ -22,6 +22,9 @@ RULES = {
     "decay": UpdateRule(C, 0.02, decay=0.6),
     "clip": UpdateRule(C, 0.02, clip=Clip(ClipMode.relative, 0.05)),
     "key_energy": UpdateRule(C, 0.5, normalize=Normalize.key_energy),
+    "spectral": UpdateRule(C, 0.5, normalize=Normalize.spectral),
+    "next_token": UpdateRule(C, 0.02, conv=Conv.next_token),
+    "causal": UpdateRule(C, 0.03, conv=Conv.causal),
 }
 
 
@@ -36,9 +39,18 @@ class Layer:
     proj: Tensor
     rule: UpdateRule
 
+    @property
+    def kernel(self) -> Tensor | None:
+        return self.conv if self.rule.conv.is_learned else None
+
     def make_write(self, tokens: TokenInputs, plan: ChunkPlan, rule: UpdateRule) -> Write:
         targets = target_from_source(
-            tokens.source_BTH, self.conv, self.proj, plan=plan, normalize=rule.normalize
+            tokens.source_BTH,
+            self.kernel,
+            self.proj,
+            plan=plan,
+            conv=rule.conv,
+            normalize=rule.normalize,
         )
         return write(tokens, targets, WriteCall(rule, plan, self.weight, {}))
 
@@ -49,7 +61,12 @@ class Layer:
     def reference(self, row: int, length: int) -> tuple[Tensor, Tensor]:
         source = self.source[row : row + 1, :length]
         targets = reference_target(
-            source, self.conv, self.proj, chunk_size=C, normalize=self.rule.normalize
+            source,
+            self.kernel,
+            self.proj,
+            chunk_size=C,
+            conv=self.rule.conv,
+            normalize=self.rule.normalize,
         )
         outputs, state = reference_fast_weight(
             self.keys[row : row + 1, :length],
