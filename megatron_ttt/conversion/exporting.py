@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_ttt.conversion.hf_config import (
     check_agreement,
     hf_from_model,
     model_from_hf,
+    without_fast_weights,
 )
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, WEIGHTS, companions
 from megatron_ttt.conversion.importing import Report
@@ -147,16 +148,18 @@ class HFView:
         config = {key: value for key, value in (source or {}).items() if key not in _REPLACED}
         config = {key: value for key, value in config.items() if not key.startswith("ttt_")}
         config |= hf_from_model(self.model)
-        read = model_from_hf(config, name=self.model.name, where=where)
-        check_agreement(self.model, read, where)
-        dtypes = [piece.dtype for piece in self.pieces]
-        config["torch_dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
         keys = hf_from_ttt(self.ttt, layers=self.model.layers)
         if keys and style is Style.package:
             config["model_type"] += TTT_SUFFIX
             config["architectures"] = [
                 name.replace("ForCausalLM", "TTTForCausalLM") for name in config["architectures"]
             ]
+        else:
+            config = without_fast_weights(config)
+        read = model_from_hf(config, name=self.model.name, where=where)
+        check_agreement(replace(self.model, family=read.family), read, where)
+        dtypes = [piece.dtype for piece in self.pieces]
+        config["torch_dtype"] = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
         return {**config, **keys}
 
     def _check(self) -> None:

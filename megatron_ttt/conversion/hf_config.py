@@ -152,9 +152,6 @@ def hf_from_model(model: ModelConfig) -> dict[str, Any]:
     if table.bias is not Bias.CONFIGURED and model.attention_bias != (table.bias is Bias.ALWAYS):
         message = f"{table.architecture} differs"
         faults.append(Fault("model.attention_bias", model.attention_bias, message))
-    if model.sliding_window is not None and table.window is Window.NEVER:
-        message = f"{table.architecture} has no window; model.family=mistral has"
-        faults.append(Fault("model.sliding_window", model.sliding_window, message))
     if faults:
         raise ConfigError(faults)
     config: dict[str, Any] = {
@@ -177,11 +174,35 @@ def hf_from_model(model: ModelConfig) -> dict[str, Any]:
     }
     if table.bias is Bias.CONFIGURED:
         config["attention_bias"] = model.attention_bias
-    if table.window is not Window.NEVER:
+    if table.window is not Window.OURS or model.sliding_window is not None:
         config["sliding_window"] = model.sliding_window
     if table.window is Window.SWITCHED:
         config["use_sliding_window"] = model.sliding_window is not None
         config["max_window_layers"] = 0 if model.sliding_window is not None else model.layers
+    return config
+
+
+def without_fast_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a ``config.json`` under the plain architecture that computes the same.
+
+    LLaMA with a window is Mistral: the classes differ in nothing else.
+
+    Args:
+        config: as :func:`hf_from_model` makes it, or of a model with fast weights.
+
+    Raises:
+        ConfigError: LLaMA with a window and biases, which no plain architecture has.
+    """
+    model_type = config["model_type"].removesuffix(TTT_SUFFIX)
+    table = next(table for table in FAMILIES.values() if table.model_type == model_type)
+    config = {key: value for key, value in config.items() if key != "auto_map"}
+    if table.window is Window.OURS and config.get("sliding_window") is not None:
+        if config.get("attention_bias"):
+            message = "no plain architecture has a window and biases (model.attention_bias=true)"
+            raise ConfigError([Fault("model.sliding_window", config["sliding_window"], message)])
+        table = FAMILIES[Family.mistral]
+        config.pop("attention_bias", None)
+    config |= {"model_type": table.model_type, "architectures": [table.architecture]}
     return config
 
 
@@ -321,7 +342,9 @@ def _window(values: Values, table: FamilyTable, layers: int) -> int | None:
         values.fault("layer_types", f"must be {layers} times full_attention or sliding_attention")
         return None
     window: int | None = None
-    if table.window is Window.NEVER:
+    if table.window is Window.OURS and str(values.content["model_type"]).endswith(TTT_SUFFIX):
+        window = values.integer("sliding_window", None, null=None)
+    elif table.window is Window.OURS:
         if values.content.get("sliding_window") is not None:
             values.fault("sliding_window", f"{table.architecture} has none: must be null")
     elif table.window is Window.PLAIN:

@@ -129,9 +129,14 @@ class Qwen3TTTConfig(TTTKeys, Qwen3Config):
 
 
 class LlamaTTTConfig(TTTKeys, LlamaConfig):
-    """LLaMA with fast weights."""
+    """LLaMA with fast weights, and with the window that LLaMA's own classes lack.
+
+    ``sliding_window``: tokens that a query sees, itself included; ``None``: all before it.
+    """
 
     model_type = "llama_ttt"
+
+    sliding_window: int | None = None
 
 
 class Qwen2TTTConfig(TTTKeys, Qwen2Config):

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ttt.checkpoints.megatron_folder import BLOCK_BYTES, row_blocks
 from megatron_ttt.checkpoints.work_folder import WorkFolder, writing
 from megatron_ttt.conversion.exporting import Piece, shards_of, weights_index, write_shard
-from megatron_ttt.conversion.families import FAMILIES
-from megatron_ttt.conversion.hf_config import TTT_SUFFIX
+from megatron_ttt.conversion.hf_config import without_fast_weights
 from megatron_ttt.conversion.hf_folder import CONFIG, INDEX, HFFolder, companions
 from megatron_ttt.hf.cache import FastWeightCache
 from megatron_ttt.hf.sessions import flush
@@ -168,9 +167,11 @@ def bake(
         shard_bytes: largest file of weights.
 
     Raises:
-        ConfigError: the source is damaged, or the destination cannot be written.
+        ConfigError: the source is damaged or of no plain architecture, or the destination cannot be
+            written.
         ValueError: see :func:`read_text`; or a state is not finite.
     """
+    plain_config(HFFolder(source).config)  # before a long text is read
     states = read_text(backend, tokens, memory=memory)
     model = backend.model
     rule = next(iter(states.values())).rule
@@ -280,15 +281,8 @@ def write_plain(
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """``config.json`` of the same architecture without fast weights."""
-    plain = {
-        key: value
-        for key, value in config.items()
-        if not key.startswith("ttt_") and key != "auto_map"
-    }
-    plain["model_type"] = plain["model_type"].removesuffix(TTT_SUFFIX)
-    named = {table.model_type: table.architecture for table in FAMILIES.values()}
-    plain["architectures"] = [named[plain["model_type"]]]
-    return plain
+    kept = {key: value for key, value in config.items() if not key.startswith("ttt_")}
+    return without_fast_weights(kept)
 
 
 def _rows(

@@ -54,7 +54,7 @@ class Bias(Enum):
 class Window(Enum):
     """How a family's ``config.json`` says that attention slides."""
 
-    NEVER = "never"
+    OURS = "ours"  # sliding_window, which the family's own classes lack and ours have
     PLAIN = "plain"  # sliding_window alone
     SWITCHED = "switched"  # sliding_window with use_sliding_window and max_window_layers
 

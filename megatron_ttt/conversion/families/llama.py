@@ -7,5 +7,5 @@ TABLE = FamilyTable(
     architecture="LlamaForCausalLM",
     query_key_norms=False,
     bias=Bias.CONFIGURED,
-    window=Window.NEVER,
+    window=Window.OURS,
 )

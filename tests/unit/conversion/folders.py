@@ -1,6 +1,7 @@
 """Small Hugging Face folders, written without ``transformers``."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,16 @@ def import_folder(
     ttt: TTTConfig | None = None,
     seed: int = 3,
     block_bytes: int = 500,
+    window: int | None = None,
 ) -> ModelConfig:
-    """Import with fast weights as given, or as the source has them."""
+    """Import with fast weights as given, or as the source has them; ``window``: for training."""
     hf = HFFolder(source)
     layers = hf.config["num_hidden_layers"]
     if ttt is None:
         ttt = ttt_from_hf(hf.config, layers=layers, where="m") or TTTConfig(mode=TTTMode.off)
     view = MegatronView(hf, target=target_generator(ttt, layers=layers), seed=seed)
+    if window is not None:
+        view.model = replace(view.model, sliding_window=window)
     import_checkpoint(view, destination, ttt=ttt, report=silent, block_bytes=block_bytes)
     return view.model
 

@@ -13,6 +13,7 @@ from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.schema import OptimizerForm, TTTConfig
 from megatron_ttt.conversion.difference import differences
 from megatron_ttt.conversion.exporting import Style
+from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
 from megatron_ttt.conversion.importing import CONTENT
 from megatron_ttt.conversion.ttt_config import ttt_from_hf
@@ -48,6 +49,31 @@ def test_equal_bits(config: dict[str, Any], files: int, tmp_path: Path) -> None:
     assert (tmp_path / "back" / "tokenizer.json").read_text() == "{}"
     assert list(differences(tmp_path / "hf", tmp_path / "back")) == []
     assert list(differences(tmp_path / "hf", tmp_path / "megatron")) == []
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_llama_with_a_window(fast: bool, tmp_path: Path) -> None:
+    """Without fast weights it is Mistral; with them our classes have the window."""
+    llama = {**QWEN3, "model_type": "llama", "attention_bias": False}
+    tensors = write_hf(tmp_path / "hf", llama)
+    import_folder(tmp_path / "hf", tmp_path / "megatron", ttt=FAST if fast else None, window=8)
+    back = export_folder(tmp_path / "megatron", tmp_path / "back", style=Style.package)
+    assert_equal_tensors({name: back[name] for name in tensors}, tensors)
+    config = HFFolder(tmp_path / "back").config
+    assert config["sliding_window"] == 8
+    names = ("llama_ttt", "LlamaTTTForCausalLM") if fast else ("mistral", "MistralForCausalLM")
+    assert (config["model_type"], *config["architectures"]) == names
+    read = model_from_hf(config, name="m", where="back")
+    assert (read.family.name, read.sliding_window) == (names[0].removesuffix("_ttt"), 8)
+
+
+def test_llama_with_a_window_and_biases_has_no_plain_architecture(tmp_path: Path) -> None:
+    llama = {**QWEN3, "model_type": "llama", "attention_bias": True}
+    write_hf(tmp_path / "hf", llama)
+    import_folder(tmp_path / "hf", tmp_path / "megatron", window=8)
+    with pytest.raises(ConfigError, match=r"^model\.sliding_window=8: no plain architecture"):
+        export_folder(tmp_path / "megatron", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 @pytest.mark.parametrize("write", ["plain", "gated", "bounded"])

@@ -221,3 +221,33 @@ def test_refusals() -> None:
             cache.crop(-1)
         with pytest.raises(ValueError, match="3 rows cannot continue a state of 2"):
             model(tokens(3, 2), past_key_values=cache)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_llama_with_a_window_is_mistral(kernel: str) -> None:
+    """Window 7, not a multiple of anything; the same weights in the two families' classes."""
+    llama, mistral = (
+        live_model(family, sliding_window=7, attn_implementation=kernel)
+        for family in ("llama", "mistral")
+    )
+    mistral.load_state_dict(llama.state_dict())
+    mistral.config.ttt_lr = llama.config.ttt_lr
+    ids, mask = tokens(2, 3 * CHUNK + 5), torch.ones(2, 3 * CHUNK + 5, dtype=torch.long)
+    if kernel == "sdpa":  # eager attention of transformers gives NaN for a token that sees nothing
+        mask[1, :4] = 0
+    for options in ({}, {"attention_mask": mask, "position_ids": positions(mask)}):
+        whole = llama(ids, **options).logits
+        expected = mistral(ids, **options).logits
+        assert relative(whole[mask.bool()], expected[mask.bool()]) < 1e-12
+    for piece in (1, 5):
+        found = read_in_pieces(llama, ids, pieces_of(ids.shape[1], piece), mask)
+        assert relative(found[mask.bool()], whole[mask.bool()]) < 1e-9
+    packed = torch.arange(ids.shape[1]).remainder(11)[None].expand(2, -1)
+    found, expected = (model(ids, position_ids=packed).logits for model in (llama, mistral))
+    assert relative(found, expected) < 1e-12
+    for model in (llama, mistral):
+        model.config.ttt_mode = False
+    assert relative(llama(ids).logits, mistral(ids).logits) < 1e-12
+    windowed = llama(ids).logits
+    llama.config.sliding_window = None
+    assert relative(llama(ids).logits, windowed) > 1e-3, "the window changed nothing"
