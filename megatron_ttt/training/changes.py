@@ -14,6 +14,7 @@ _ORDER = ("train.seed", "train.seq_length", "data.split")
 # What says where the texts are; that they are the same is the fingerprint's to say.
 _PLACES = ("data.path", "data.source", "data.tokenizer")
 
+_GROUPS = "optimizer.target_lr_factor"
 _FREE_BUT_TOLD = ("train.steps",)  # the schedule ends where they do
 
 
@@ -29,7 +30,8 @@ def check_changes(
         report: told one line about each kind of change, and about what cannot be compared.
 
     Raises:
-        ConfigError: ``train.steps`` are done already, or the data changed.
+        ConfigError: ``train.steps`` are done already, the data changed, or the optimizer's groups
+            of parameters are others.
     """
     done = found.progress.step
     if config.train.steps < done:
@@ -40,6 +42,12 @@ def check_changes(
         report(f"{found.folder} has no record of its configuration: changes cannot be told")
         saved = plain(config)
     before, now = flatten(with_defaults(saved)), flatten(plain(config))
+    if before.get(_GROUPS) != now.get(_GROUPS):
+        message = (
+            f"the optimizer of {found.folder} was saved with {show(before.get(_GROUPS))}, by which"
+            " its parameters are grouped; give that, or start anew (checkpoint.load)"
+        )
+        raise ConfigError([Fault(_GROUPS, now.get(_GROUPS), message)])
     changed = [
         f"{key} {show(before.get(key))} then, {show(now.get(key))} now"
         for key in _ORDER

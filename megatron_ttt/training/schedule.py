@@ -48,7 +48,12 @@ def target_rate(config: Config, settings: OptimizerConfig) -> dict[ParamKey, Any
     is_added = ParamWithNamePredicate(
         name="target generator", fn=lambda _, name: added_start(name) is not None
     )
-    rates = {"max_lr": factor * settings.lr, "min_lr": factor * settings.min_lr}
+    # Nothing multiplies by lr_mult: by it Megatron tells groups of parameters apart when it loads.
+    rates = {
+        "max_lr": factor * settings.lr,
+        "min_lr": factor * settings.min_lr,
+        "lr_mult": factor,
+    }
     return {
         **get_standard_config_overrides(settings),
         ParamKey(with_name_predicate=is_added): rates,

@@ -103,6 +103,7 @@ def relative(found: list[float], expected: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(found, expected, strict=True))
 
 
+RATE = {"target_lr_factor": 4.0}  # the optimizer has groups of parameters
 FROZEN = {"trainable": Trainable.target_generator}
 LAYOUTS: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
     ((2, {"tp": 2}), (2, {"pp": 2})),
@@ -117,6 +118,8 @@ LAYOUTS: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
     ((4, {"pp": 2}), (2, {"tp": 2})),
     ((2, {"bucket_size": 4000, "overlap_grad_reduce": True}), (1, {})),
     ((2, {"tp": 2, **FROZEN}), (2, {"cp": 2, **FROZEN})),
+    ((2, {"tp": 2, **RATE}), (2, {"cp": 2, **RATE})),
+    ((4, {"tp": 2, "pp": 2, **RATE}), (2, {**RATE})),
 ]
 
 

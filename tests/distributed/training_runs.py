@@ -60,6 +60,7 @@ def tiny_config(
     window: int | None = 24,
     tied: bool = True,
     write: WriteSettings | None = None,
+    target_lr_factor: float = 1.0,
     **parallel: Any,
 ) -> Config:
     """Four layers, two of them fast, every size odd somewhere; 128 tokens in chunks of 8."""
@@ -97,7 +98,13 @@ def tiny_config(
         parallel=ParallelConfig(
             tp=tp, cp=cp, pp=pp, sequence_parallel=sequence_parallel, **parallel
         ),
-        optimizer=OptimizerConfig(lr=1e-3, warmup_steps=0, weight_decay=0.1, clip_grad=1.0),
+        optimizer=OptimizerConfig(
+            lr=1e-3,
+            target_lr_factor=target_lr_factor,
+            warmup_steps=0,
+            weight_decay=0.1,
+            clip_grad=1.0,
+        ),
         train=TrainConfig(
             steps=20,
             seed=5,

@@ -239,9 +239,10 @@ def test_llama_with_a_window_is_mistral(kernel: str) -> None:
         whole = llama(ids, **options).logits
         expected = mistral(ids, **options).logits
         assert relative(whole[mask.bool()], expected[mask.bool()]) < 1e-12
+    bound = 1e-9 if kernel == "sdpa" else 1e-6  # eager attention has its softmax in fp32
     for piece in (1, 5):
         found = read_in_pieces(llama, ids, pieces_of(ids.shape[1], piece), mask)
-        assert relative(found[mask.bool()], whole[mask.bool()]) < 1e-9
+        assert relative(found[mask.bool()], whole[mask.bool()]) < bound
     packed = torch.arange(ids.shape[1]).remainder(11)[None].expand(2, -1)
     found, expected = (model(ids, position_ids=packed).logits for model in (llama, mistral))
     assert relative(found, expected) < 1e-12
