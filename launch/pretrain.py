@@ -2,13 +2,17 @@
 
 python launch/pretrain.py +model=tiny
 torchrun --nproc-per-node 8 launch/pretrain.py +model=qwen3_4b data.path=PREFIX parallel.cp=4
+python launch/pretrain.py +model=hf:Qwen3-4B-Base data.path=PREFIX
 python launch/pretrain.py +experiment=qwen3_4b_32k run.dry_run=true
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
+from megatron_ttt.config.command import tell
+from megatron_ttt.config.faults import ConfigError
 from megatron_ttt.config.load import run_with_config
+from megatron_ttt.config.overrides import names_checkpoint
 from megatron_ttt.config.schema import Config
 from megatron_ttt.training.environment import order_launches
 from megatron_ttt.training.quiet import quiet_libraries
@@ -24,5 +28,26 @@ def pretrain(config: Config, given: Collection[str]) -> int:
     return run(config, given)
 
 
+def look(config: Config, given: Collection[str]) -> Sequence[str]:
+    """Return what the run would say of the checkpoint that it starts from."""
+    if config.checkpoint.load is None:
+        return []
+    from megatron_ttt.conversion.loading import start_notices  # imports torch
+
+    return start_notices(config, given)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return the exit status; a checkpoint that is named as the model is looked at first."""
+    if any(names_checkpoint(word) for word in argv):
+        from megatron_ttt.conversion.model_words import spelled_out  # imports torch
+
+        try:
+            argv = spelled_out(argv)
+        except ConfigError as error:
+            return tell(error)
+    return run_with_config(pretrain, argv, look=look)
+
+
 if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file
-    sys.exit(run_with_config(pretrain, sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ declared here, so that models, checkpoints and conversion follow from one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -53,6 +53,14 @@ def conv_of(value: Any) -> Any:
     if isinstance(value, bool):
         return (Conv.learned if value else Conv.off).value
     return value
+
+
+def in_todays_words(config: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return a saved configuration, of a run or a checkpoint, with its rule as it is said today."""
+    rule = config.get("ttt")
+    if not isinstance(rule, Mapping) or "conv" not in rule:
+        return dict(config)
+    return {**config, "ttt": {**rule, "conv": conv_of(rule["conv"])}}
 
 
 def conv_offsets(conv: Conv, kernel_size: int) -> range:

@@ -123,6 +123,8 @@ def run_import(keys: Import) -> int:
     with _progress(sum(t.bytes(view.dtype(t)) for t in view.mapping.tensors)) as report:
         import_checkpoint(view, keys.output, ttt=wanted, report=report, before_publish=check)
     print(f"checkpoint.load={keys.output}")
+    place = keys.output if "/" in str(keys.output) else f"./{keys.output}"
+    print(f"train it: python launch/pretrain.py +model={place} data.path=PREFIX")
     return 0
 
 

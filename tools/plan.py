@@ -19,6 +19,7 @@ from megatron_ttt.config.derived import model_parallel_size
 from megatron_ttt.config.devices import Device
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.load import PRETRAINING, check, describe, load_config, tell_idle_keys
+from megatron_ttt.config.overrides import names_checkpoint
 from megatron_ttt.config.schema import Config, Precision
 
 
@@ -51,6 +52,10 @@ class ScanKeys:
 
 
 def _checked(overrides: Sequence[str], ranks: int | None) -> tuple[Config, int]:
+    if any(names_checkpoint(word) for word in overrides):
+        from megatron_ttt.conversion.model_words import spelled_out  # imports torch
+
+        overrides = spelled_out(overrides)
     config = load_config([*overrides, "run.dry_run=true"])
     ranks = ranks or model_parallel_size(config.parallel)
     check(config, world_size=ranks)

@@ -7,13 +7,13 @@ check their shares of the files (:func:`check_files`).
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megatron_ttt.checkpoints.progress import Progress
 from megatron_ttt.files import FileRecord
-from megatron_ttt.rule import conv_of
+from megatron_ttt.rule import in_todays_words
 
 MANIFEST = "manifest.json"
 
@@ -87,7 +87,10 @@ def parse_manifest(folder: Path) -> Manifest:
         raise DamagedCheckpoint(f"{path} is unreadable ({reason})") from error
     if claimed != _digest_of(document):
         raise DamagedCheckpoint(f"{path} does not match its own checksum")
-    return replace(manifest, facts=_in_todays_words(manifest.facts))
+    config = manifest.facts.get("config")
+    if isinstance(config, dict):
+        manifest.facts["config"] = in_todays_words(config)
+    return manifest
 
 
 def check_files(
@@ -106,17 +109,6 @@ def check_files(
             raise DamagedCheckpoint(f"{folder / name} cannot be read ({error.strerror})") from error
         if found != files[name]:
             raise DamagedCheckpoint(f"{folder / name} does not match its checksum")
-
-
-def _in_todays_words(facts: dict[str, Any]) -> dict[str, Any]:
-    """Return facts of an earlier version as this one writes them."""
-    config = facts.get("config")
-    if not isinstance(config, dict):
-        return facts
-    rule = config.get("ttt")
-    if not isinstance(rule, dict) or "conv" not in rule:
-        return facts
-    return facts | {"config": config | {"ttt": rule | {"conv": conv_of(rule["conv"])}}}
 
 
 def _inside(name: str) -> str:

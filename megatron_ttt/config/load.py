@@ -226,6 +226,7 @@ def run_with_config(
     main: Callable[[Config, Collection[str]], int | None],
     argv: Sequence[str],
     *,
+    look: Callable[[Config, Collection[str]], Sequence[str]] = lambda config, given: (),
     config_dir: Path = CONFIG_DIR,
 ) -> int:
     """Run ``main`` with the checked configuration of a training run that ``argv`` describes.
@@ -237,6 +238,7 @@ def run_with_config(
         main: the program, of the configuration and the dotted keys that the user gave; ``None``
             counts as success.
         argv: the arguments without the program's name.
+        look: what a dry run says, or refuses, of the checkpoint that a run would start from.
         config_dir: folder of ``config.yaml`` and its groups.
     """
 
@@ -244,11 +246,14 @@ def run_with_config(
         notice = unread_writes(config)
         if notice is not None and launched().is_first:
             print(notice, file=sys.stderr)
+        given = given_keys(argv, PRETRAINING.groups(config_dir))
         if config.run.dry_run:
             if launched().is_first:
+                for line in look(config, given):
+                    print(line, file=sys.stderr)
                 print(describe(config, world_size=training_ranks(config)))
             return 0
-        return main(config, given_keys(argv, PRETRAINING.groups(config_dir))) or 0
+        return main(config, given) or 0
 
     return run_program(PRETRAINING, start, argv, config_dir=config_dir)
 

@@ -26,6 +26,12 @@ from megatron_ttt.config.schema import Config
 APPENDED = ("model", "experiment", "ablation")
 
 
+def names_checkpoint(word: str) -> bool:
+    """Whether a word names a checkpoint as the model: ``+model=hf:FOLDER``, or any other folder."""
+    key, _, name = word.partition("=")
+    return key in ("+model", "model") and (name.startswith("hf:") or "/" in name)
+
+
 def group_options(config_dir: Path) -> dict[str, list[str]]:
     """Return the groups of a configuration folder with the names of their files, both sorted."""
     return {
@@ -131,6 +137,7 @@ def missing_model(config_dir: Path) -> Fault:
         "model",
         "???",
         f"choose a model with +model=NAME: {', '.join(groups.get('model', []))};"
+        " or a checkpoint's own with +model=hf:FOLDER;"
         f" or a recipe with +experiment=NAME: {', '.join(groups.get('experiment', []))}",
     )
 

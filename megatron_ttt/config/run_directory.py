@@ -10,6 +10,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from megatron_ttt.config.faults import Fault, show
 from megatron_ttt.config.schema import Config
+from megatron_ttt.rule import in_todays_words
 
 CONFIG_FILE = "config.yaml"
 
@@ -87,13 +88,13 @@ def plain(config: Config) -> dict[str, Any]:
 
 
 def with_defaults(saved: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return a saved configuration with today's keys that it lacks at their defaults.
+    """Return a saved configuration in today's words, with the keys that it lacks at their defaults.
 
     A key that was added since has a default that computes what was computed before it existed.
     """
     defaults = OmegaConf.to_container(OmegaConf.structured(Config), enum_to_str=True)
     assert isinstance(defaults, dict)
-    return _over(defaults, saved)
+    return _over(defaults, in_todays_words(saved))
 
 
 def _over(defaults: Mapping[Any, Any], saved: Mapping[Any, Any]) -> dict[str, Any]:

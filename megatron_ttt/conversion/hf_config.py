@@ -5,7 +5,7 @@ other rotary frequencies or a forgotten bias is the classic silent fault of conv
 is absent means what it means to the family's class in ``transformers``.
 """
 
-import math
+import struct
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -279,8 +279,14 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
 
 def _same(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, float) or isinstance(theirs, float):
-        return ours is not None and theirs is not None and math.isclose(ours, theirs, rel_tol=1e-9)
+        # what is equal in fp32 computes the same: some files carry 1e-5 as fp32 has it
+        return ours is not None and theirs is not None and _fp32(ours) == _fp32(theirs)
     return bool(ours == theirs)
+
+
+def _fp32(value: float) -> float:
+    (rounded,) = struct.unpack("f", struct.pack("f", value))
+    return float(rounded)
 
 
 def _family(values: Values) -> Family:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ttt.config.schema import ComputeConfig
+from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
+from megatron_ttt.config.schema import ComputeConfig, Config
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.conversion.manifest import HF_SCHEME, check_start
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import has_rule, target_generator, ttt_from_hf
 from megatron_ttt.model.initialize import global_parameters
@@ -54,32 +56,59 @@ def load_hf_weights(
         ConfigError: the folder is damaged, or is another model; see
             :func:`hf_config.check_agreement`.
     """
-    target = target_generator(config.ttt, layers=config.model.layers)
     source = HFFolder(folder)
-    checkpoint = model_from_hf(source.config, name=config.model.name, where=str(folder))
-    notices = check_agreement(
-        config.model, checkpoint, str(folder), chosen=set(given or ()) & set(CHOICES)
-    )
-    layers = config.model.layers
-    trained = None
-    if has_rule(source.config) or target.layers:
-        trained = ttt_from_hf(
-            source.config,
-            layers=layers,
-            where=str(folder),
-            tensors=source.tensors,
-            **_said(source, config, given),
-        )
-    if trained is not None and given is not None:
-        notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=str(folder))
-    for notice in notices:
+    for notice in differing(source, config, given=given):
         report(notice)
+    target = target_generator(config.ttt, layers=config.model.layers)
     view = MegatronView(source, target=target, seed=config.train.seed)
     for name, parameter in global_parameters(model):
         key = checkpoint_key(name)
         shard = shard_of(name, parameter, tp_rank=tp_rank, tp_size=tp_size)
         parameter.copy_(_read(view, key, parameter, shard))
     return sorted(view.drawn)
+
+
+def differing(
+    source: HFFolder, config: ComputeConfig, *, given: Collection[str] | None
+) -> list[str]:
+    """Return a line for each difference that the user chose between a run and where it starts.
+
+    Arguments as for :func:`load_hf_weights`.
+
+    Raises:
+        ConfigError: a difference that nobody chose.
+    """
+    where, layers = str(source.path), config.model.layers
+    checkpoint = model_from_hf(source.config, name=config.model.name, where=where)
+    chosen = set(given or ()) & set(CHOICES)
+    notices = check_agreement(config.model, checkpoint, where, chosen=chosen)
+    trained = None
+    if has_rule(source.config) or target_generator(config.ttt, layers=layers).layers:
+        trained = ttt_from_hf(
+            source.config,
+            layers=layers,
+            where=where,
+            tensors=source.tensors,
+            **_said(source, config, given),
+        )
+    if trained is not None and given is not None:
+        notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=where)
+    return notices
+
+
+def start_notices(config: Config, given: Collection[str]) -> list[str]:
+    """Return what a run would say of where its weights come from; nothing is loaded.
+
+    Raises:
+        ConfigError: it would refuse to start from there.
+    """
+    place = config.checkpoint.load
+    if place is None:
+        return []
+    if place.startswith(HF_SCHEME):
+        return differing(HFFolder(Path(place.removeprefix(HF_SCHEME))), config, given=given)
+    folder = MegatronFolder(Path(place))
+    return check_start(folder.facts, config, folder.path, given=given)
 
 
 def _said(source: HFFolder, config: ComputeConfig, given: Collection[str] | None) -> dict[str, Any]:

@@ -62,13 +62,13 @@ def check_start(
         # how a model of one's own goes on is one's own affair
         chosen = set(given) & set(CHOICES) if IMPORTED_FROM in facts else given
         notices += check_agreement(config.model, checkpoint, where, chosen=chosen)
-    if "ttt" in described and _has_trained_rule(facts, path):
+    if "ttt" in described and has_trained_rule(facts, path):
         trained, layers = _typed(TTTConfig, described["ttt"], path), config.model.layers
         notices += rule_notices(config.ttt, trained, layers=layers, given=given, where=where)
     return notices
 
 
-def _has_trained_rule(facts: dict[str, Any], path: Path) -> bool:
+def has_trained_rule(facts: dict[str, Any], path: Path) -> bool:
     """Whether the checkpoint's rule is one that it was trained with, not one it was given."""
     if IMPORTED_FROM not in facts:
         return True

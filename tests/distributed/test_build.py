@@ -48,7 +48,7 @@ def built_counts(rank: int, ranks: int, config: Config) -> tuple[int, int, int]:
     [
         [],
         ["ttt=off"],
-        ["ttt.conv=false", "ttt.layers=[4]"],
+        ["ttt.conv=off", "ttt.layers=[4]"],
         ["ttt.proj=false", "model.tied_embeddings=true", "model.qk_norm=false"],
         ["model.attention_bias=true", "model.kv_groups=4"],
     ],

@@ -80,3 +80,14 @@ def test_a_damaged_configuration_is_a_fault(run: Path, content: bytes) -> None:
 def test_keys_present_on_one_side_only() -> None:
     assert changed_keys({"a": {"b": 1}, "run": {"x": 1}}, {"a": {"c": None}}) == ["a.b"]
     assert changed_keys({"parallelism": 1}, {}) == ["parallelism"], "a prefix is a whole word"
+
+
+def test_a_configuration_of_before_there_were_words_for_the_convolution(run: Path) -> None:
+    file = run / CONFIG_FILE
+    text = file.read_text()
+    assert "conv: learned" in text
+    file.write_text(text.replace("conv: learned", "conv: true"))
+    assert run_directory_faults(configured("+model=tiny", f"run.dir={run}")) == []
+    file.write_text(text.replace("conv: learned", "conv: false"))
+    (fault,) = run_directory_faults(configured("+model=tiny", f"run.dir={run}"))
+    assert "ttt.conv=off there and learned here" in fault.message

@@ -198,3 +198,11 @@ def test_keys_left_out_mean_what_they_mean_to_transformers(
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.rope.base == theirs.rope_parameters["rope_theta"]
     assert ours.initializer_range == theirs.initializer_range
+
+
+def test_floats_that_fp32_does_not_tell_apart_are_equal() -> None:
+    """GGUF stores 1e-5 in fp32, and a configuration made of it says 9.999999747378752e-06."""
+    stored = read({**QWEN3, "rms_norm_eps": 9.999999747378752e-06})
+    assert check_agreement(replace(stored, norm_epsilon=1e-5), stored, "here") == []
+    with pytest.raises(ConfigError, match="rms_norm_eps"):
+        check_agreement(replace(stored, norm_epsilon=1.0001e-5), stored, "here")

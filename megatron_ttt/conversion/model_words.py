@@ -1,0 +1,103 @@
+"""``+model=hf:FOLDER``, or a checkpoint's or run's folder: a model that says itself what it is.
+
+The word becomes the keys that the checkpoint says, before Hydra sees the command line: its model,
+the update rule that it was trained with, its tokenizer, and that training starts from its weights.
+Words that the user gives beside it come after them and hold.
+"""
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from megatron_ttt.config.bounds import flat_values
+from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.overrides import names_checkpoint
+from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
+from megatron_ttt.conversion.manifest import HF_SCHEME, has_trained_rule
+from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
+from megatron_ttt.conversion.ttt_config import has_rule
+
+
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Return a command line with a checkpoint that is named as the model as keys and values.
+
+    Args:
+        words: as typed; those that name a file of ``configs/model`` stay as they are.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it is damaged.
+    """
+    said: list[str] = []
+    rest: list[str] = []
+    for word in words:
+        key, _, named = word.partition("=")
+        if not names_checkpoint(word):
+            rest.append(word)
+            continue
+        try:
+            checkpoint = open_checkpoint(named)
+            said += _words_of(checkpoint, words)
+        except ConfigError as error:
+            faults = [
+                Fault(key, named, fault.message) if fault.key == "checkpoint" else fault
+                for fault in error.faults
+            ]
+            raise ConfigError(faults) from error
+    return [*said, *rest]
+
+
+def _words_of(checkpoint: Checkpoint, given: Sequence[str]) -> Iterator[str]:
+    yield from _differing(checkpoint.model, ModelConfig(), "model.")
+    if "ttt=off" not in given and _is_trained(checkpoint):
+        yield from _differing(checkpoint.ttt, TTTConfig(), "ttt.")
+    if not _gives(given, "checkpoint.load="):
+        scheme = "" if checkpoint.is_megatron else HF_SCHEME
+        yield f"checkpoint.load={_quoted(f'{scheme}{checkpoint.path}')}"
+    tokenizer = checkpoint.tokenizer().name
+    if tokenizer is None or _gives(given, "data.tokenizer.", "data="):
+        return
+    if tokenizer == "bytes":
+        yield "data.tokenizer.kind=bytes"
+    else:
+        yield f"data.tokenizer.name={_quoted(tokenizer)}"
+
+
+def _is_trained(checkpoint: Checkpoint) -> bool:
+    """Whether it has fast weights that were trained under the rule it names."""
+    if checkpoint.ttt.mode is TTTMode.off:
+        return False
+    if not checkpoint.is_megatron:
+        return has_rule(checkpoint.opened.config)  # type: ignore[union-attr]
+    return has_trained_rule(checkpoint.opened.facts, checkpoint.path)  # type: ignore[union-attr]
+
+
+def _gives(given: Sequence[str], *beginnings: str) -> bool:
+    return any(word.startswith(beginnings) for word in given)
+
+
+def _differing(config: Any, usual: Any, prefix: str) -> Iterator[str]:
+    """Yield the keys that a checkpoint says otherwise than the schema, which says the others."""
+    defaults = dict(flat_values(usual, prefix))
+    for key, value in flat_values(config, prefix):
+        if value != defaults[key] or defaults[key] == MISSING:
+            yield f"{key}={_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, str):
+        return _quoted(value)
+    return repr(value).replace(" ", "")
+
+
+def _quoted(text: str) -> str:
+    """Return a text as Hydra's grammar reads it, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
