@@ -39,14 +39,15 @@ def look(config: Config, given: Collection[str]) -> Sequence[str]:
 
 def main(argv: Sequence[str]) -> int:
     """Return the exit status; a checkpoint that is named as the model is looked at first."""
+    said: Sequence[str] = ()
     if any(names_checkpoint(word) for word in argv):
         from megatron_ttt.conversion.model_words import spelled_out  # imports torch
 
         try:
-            argv = spelled_out(argv)
+            said, argv = spelled_out(argv)
         except ConfigError as error:
             return tell(error)
-    return run_with_config(pretrain, argv, look=look)
+    return run_with_config(pretrain, argv, said=said, look=look)
 
 
 if __name__ == "__main__":  # checkpoint writers are spawned processes that import this file

@@ -149,6 +149,10 @@ def run_export(keys: Export) -> int:
         ]
         _print_mapping("Hugging Face", "Megatron", rows)
         return 0
+    written = view.config(None, Written(keys.style.value))["model_type"]
+    if not written.startswith(model.family.name):
+        message = f"notice: written as {written}, which is {model.family.name} with a window"
+        print(message, file=sys.stderr)
     if keys.tokenizer is not None and not keys.tokenizer.is_dir():
         raise ConfigError([Fault("tokenizer", keys.tokenizer, "is not a folder")])
     steps: list[Callable[[Path], None]] = []

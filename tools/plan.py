@@ -52,11 +52,12 @@ class ScanKeys:
 
 
 def _checked(overrides: Sequence[str], ranks: int | None) -> tuple[Config, int]:
+    said: Sequence[str] = ()
     if any(names_checkpoint(word) for word in overrides):
         from megatron_ttt.conversion.model_words import spelled_out  # imports torch
 
-        overrides = spelled_out(overrides)
-    config = load_config([*overrides, "run.dry_run=true"])
+        said, overrides = spelled_out(overrides)
+    config = load_config([*said, *overrides, "run.dry_run=true"])
     ranks = ranks or model_parallel_size(config.parallel)
     check(config, world_size=ranks)
     tell_idle_keys(PRETRAINING, config, overrides)

@@ -226,6 +226,7 @@ def run_with_config(
     main: Callable[[Config, Collection[str]], int | None],
     argv: Sequence[str],
     *,
+    said: Sequence[str] = (),
     look: Callable[[Config, Collection[str]], Sequence[str]] = lambda config, given: (),
     config_dir: Path = CONFIG_DIR,
 ) -> int:
@@ -238,6 +239,7 @@ def run_with_config(
         main: the program, of the configuration and the dotted keys that the user gave; ``None``
             counts as success.
         argv: the arguments without the program's name.
+        said: words that nobody typed and that those of ``argv`` overrule.
         look: what a dry run says, or refuses, of the checkpoint that a run would start from.
         config_dir: folder of ``config.yaml`` and its groups.
     """
@@ -255,7 +257,7 @@ def run_with_config(
             return 0
         return main(config, given) or 0
 
-    return run_program(PRETRAINING, start, argv, config_dir=config_dir)
+    return run_program(PRETRAINING, start, argv, said=said, config_dir=config_dir)
 
 
 def run_program(
@@ -263,12 +265,13 @@ def run_program(
     start: Callable[[AnyConfig], int],
     argv: Sequence[str],
     *,
+    said: Sequence[str] = (),
     config_dir: Path = CONFIG_DIR,
 ) -> int:
     """Run ``start`` with the checked configuration that ``argv`` describes.
 
     Hydra's own flags work: ``--cfg job`` prints the configuration, ``--help`` the choices,
-    ``--multirun`` sweeps.
+    ``--multirun`` sweeps. ``said``: words that nobody typed, overruled by ``argv``.
 
     Returns:
         The exit status: that of ``start``; 2 for a mistake of the user, which rank 0 has
@@ -291,8 +294,8 @@ def run_program(
 
     try:
         if any(word.startswith("-") for word in argv):
-            return _run_with_flags(root, checked, argv, config_dir=config_dir)
-        return checked(compose_root(root, argv, config_dir=config_dir))
+            return _run_with_flags(root, checked, [*said, *argv], config_dir=config_dir)
+        return checked(compose_root(root, [*said, *argv], config_dir=config_dir))
     except ConfigError as error:
         if launch.is_first or isinstance(error, LaunchError):
             print(error, file=sys.stderr)

@@ -5,7 +5,7 @@ other rotary frequencies or a forgotten bias is the classic silent fault of conv
 is absent means what it means to the family's class in ``transformers``.
 """
 
-import struct
+import ctypes
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -285,8 +285,7 @@ def _same(ours: Any, theirs: Any) -> bool:
 
 
 def _fp32(value: float) -> float:
-    (rounded,) = struct.unpack("f", struct.pack("f", value))
-    return float(rounded)
+    return ctypes.c_float(value).value  # an infinity beyond fp32, where struct would raise
 
 
 def _family(values: Values) -> Family:

@@ -2,26 +2,25 @@
 
 The word becomes the keys that the checkpoint says, before Hydra sees the command line: its model,
 the update rule that it was trained with, its tokenizer, and that training starts from its weights.
-Words that the user gives beside it come after them and hold.
+Words that the user gives beside it come after them and hold; those of the checkpoint do not count
+as given, since nobody chose them.
 """
 
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
-
 from megatron_ttt.config.bounds import flat_values
 from megatron_ttt.config.faults import ConfigError, Fault
 from megatron_ttt.config.overrides import names_checkpoint
-from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
+from megatron_ttt.config.schema import TTTMode
 from megatron_ttt.conversion.manifest import HF_SCHEME, has_trained_rule
 from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
 from megatron_ttt.conversion.ttt_config import has_rule
 
 
-def spelled_out(words: Sequence[str]) -> list[str]:
-    """Return a command line with a checkpoint that is named as the model as keys and values.
+def spelled_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return what a checkpoint that is named as the model says, and the words beside its name.
 
     Args:
         words: as typed; those that name a file of ``configs/model`` stay as they are.
@@ -45,13 +44,15 @@ def spelled_out(words: Sequence[str]) -> list[str]:
                 for fault in error.faults
             ]
             raise ConfigError(faults) from error
-    return [*said, *rest]
+    return said, rest
 
 
 def _words_of(checkpoint: Checkpoint, given: Sequence[str]) -> Iterator[str]:
-    yield from _differing(checkpoint.model, ModelConfig(), "model.")
+    own = dict(flat_values(checkpoint.model, "model."))
+    del own["model.attention"]  # how it was computed, not what it is
     if "ttt=off" not in given and _is_trained(checkpoint):
-        yield from _differing(checkpoint.ttt, TTTConfig(), "ttt.")
+        own |= dict(flat_values(checkpoint.ttt, "ttt."))
+    yield from (f"{key}={_shown(value)}" for key, value in own.items())
     if not _gives(given, "checkpoint.load="):
         scheme = "" if checkpoint.is_megatron else HF_SCHEME
         yield f"checkpoint.load={_quoted(f'{scheme}{checkpoint.path}')}"
@@ -75,14 +76,6 @@ def _is_trained(checkpoint: Checkpoint) -> bool:
 
 def _gives(given: Sequence[str], *beginnings: str) -> bool:
     return any(word.startswith(beginnings) for word in given)
-
-
-def _differing(config: Any, usual: Any, prefix: str) -> Iterator[str]:
-    """Yield the keys that a checkpoint says otherwise than the schema, which says the others."""
-    defaults = dict(flat_values(usual, prefix))
-    for key, value in flat_values(config, prefix):
-        if value != defaults[key] or defaults[key] == MISSING:
-            yield f"{key}={_shown(value)}"
 
 
 def _shown(value: Any) -> str:
