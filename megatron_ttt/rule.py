@@ -18,7 +18,7 @@ from typing import Any
 
 LAYER_INTERVAL = 6  # by default every sixth layer has fast weights
 KERNEL_SIZE = 5  # tokens that the published target's convolution reads
-LARGEST_KERNEL = 9
+LARGEST_KERNEL = 9  # a ParameterSpec spells a size with one digit
 POWER_ITERATIONS = 4  # behind a spectral norm
 
 

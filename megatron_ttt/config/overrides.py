@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_ttt.config.faults import Fault, suggest
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import HF_SCHEME, Config
 
 # Groups without a default: what a command line appends.
 APPENDED = ("model", "experiment", "ablation")
@@ -29,7 +29,7 @@ APPENDED = ("model", "experiment", "ablation")
 def names_checkpoint(word: str) -> bool:
     """Whether a word names a checkpoint as the model: ``+model=hf:FOLDER``, or any other folder."""
     key, _, name = word.partition("=")
-    return key in ("+model", "model") and (name.startswith("hf:") or "/" in name)
+    return key in ("+model", "model") and (name.startswith(HF_SCHEME) or "/" in name)
 
 
 def group_options(config_dir: Path) -> dict[str, list[str]]:

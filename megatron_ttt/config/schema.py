@@ -13,6 +13,8 @@ from omegaconf import MISSING
 from megatron_ttt.rule import UpdateRule
 from megatron_ttt.scan_words import ScanAlgorithm, SequenceOrder
 
+HF_SCHEME = "hf:"  # in front of a Hugging Face folder: checkpoint.load, +model
+
 
 class Family(Enum):
     """Which Hugging Face architecture a model mirrors (conversion and checks depend on it)."""

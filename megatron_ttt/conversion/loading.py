@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
-from megatron_ttt.config.schema import ComputeConfig, Config
+from megatron_ttt.config.schema import HF_SCHEME, ComputeConfig, Config
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement, model_from_hf
 from megatron_ttt.conversion.hf_folder import HFFolder
-from megatron_ttt.conversion.manifest import HF_SCHEME, check_start
+from megatron_ttt.conversion.manifest import check_start
 from megatron_ttt.conversion.source import MegatronView
 from megatron_ttt.conversion.ttt_config import has_rule, target_generator, ttt_from_hf
 from megatron_ttt.model.initialize import global_parameters

@@ -11,13 +11,12 @@ from megatron_ttt.checkpoints.json_files import read_json
 from megatron_ttt.checkpoints.manifest import MANIFEST
 from megatron_ttt.checkpoints.megatron_folder import MegatronFolder
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import Config, ModelConfig, TTTConfig
+from megatron_ttt.config.schema import HF_SCHEME, Config, ModelConfig, TTTConfig
 from megatron_ttt.conversion.agreement import rule_notices
 from megatron_ttt.conversion.hf_config import CHOICES, check_agreement
 from megatron_ttt.conversion.importing import IMPORTED_FROM, ORIGIN
 from megatron_ttt.conversion.ttt_config import has_rule
 
-HF_SCHEME = "hf:"  # of checkpoint.load
 _DEPTH = 8  # runs that started from runs that started from an import
 
 

@@ -7,14 +7,14 @@ as given, since nobody chose them.
 """
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from typing import Any
 
 from megatron_ttt.config.bounds import flat_values
-from megatron_ttt.config.faults import ConfigError, Fault
+from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.overrides import names_checkpoint
-from megatron_ttt.config.schema import TTTMode
-from megatron_ttt.conversion.manifest import HF_SCHEME, has_trained_rule
+from megatron_ttt.config.schema import HF_SCHEME, TTTMode
+from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.conversion.manifest import has_trained_rule
 from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
 from megatron_ttt.conversion.ttt_config import has_rule
 
@@ -36,8 +36,7 @@ def spelled_out(words: Sequence[str]) -> tuple[list[str], list[str]]:
             rest.append(word)
             continue
         try:
-            checkpoint = open_checkpoint(named)
-            said += _words_of(checkpoint, words)
+            said += _words_of(open_checkpoint(named), words)
         except ConfigError as error:
             faults = [
                 Fault(key, named, fault.message) if fault.key == "checkpoint" else fault
@@ -69,9 +68,9 @@ def _is_trained(checkpoint: Checkpoint) -> bool:
     """Whether it has fast weights that were trained under the rule it names."""
     if checkpoint.ttt.mode is TTTMode.off:
         return False
-    if not checkpoint.is_megatron:
-        return has_rule(checkpoint.opened.config)  # type: ignore[union-attr]
-    return has_trained_rule(checkpoint.opened.facts, checkpoint.path)  # type: ignore[union-attr]
+    if isinstance(checkpoint.opened, HFFolder):
+        return has_rule(checkpoint.opened.config)
+    return has_trained_rule(checkpoint.opened.facts, checkpoint.path)
 
 
 def _gives(given: Sequence[str], *beginnings: str) -> bool:
@@ -79,15 +78,7 @@ def _gives(given: Sequence[str], *beginnings: str) -> bool:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, str):
-        return _quoted(value)
-    return repr(value).replace(" ", "")
+    return _quoted(value) if isinstance(value, str) else show(value)
 
 
 def _quoted(text: str) -> str:

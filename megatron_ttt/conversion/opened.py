@@ -9,10 +9,10 @@ from typing import Any
 from megatron_ttt.checkpoints.megatron_folder import FORMAT, MegatronFolder
 from megatron_ttt.checkpoints.run_files import CHECKPOINTS, checkpoint_folder
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import ModelConfig, TTTConfig, TTTMode
+from megatron_ttt.config.schema import HF_SCHEME, ModelConfig, TTTConfig, TTTMode
 from megatron_ttt.conversion.hf_config import model_from_hf
 from megatron_ttt.conversion.hf_folder import CONFIG, HFFolder
-from megatron_ttt.conversion.manifest import HF_SCHEME, described_model, origin
+from megatron_ttt.conversion.manifest import described_model, origin
 from megatron_ttt.conversion.ttt_config import ttt_from_hf
 from megatron_ttt.data.tokenizers import ModelTokenizer, TokenizerIdentity
 

@@ -15,8 +15,7 @@ from rich.console import Console
 from megatron_ttt.config.derived import unread_writes
 from megatron_ttt.config.faults import ConfigError, Fault, show
 from megatron_ttt.config.launcher import launched
-from megatron_ttt.config.schema import TTTMode
-from megatron_ttt.conversion.manifest import HF_SCHEME
+from megatron_ttt.config.schema import HF_SCHEME, TTTMode
 from megatron_ttt.conversion.opened import Checkpoint, open_checkpoint
 from megatron_ttt.evaluation.report import Report, print_report, write_report
 from megatron_ttt.evaluation.schema import EvaluationConfig, evaluation_faults

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DynamicCache,
     LlamaForCausalLM,
     LlamaModel,
     LlamaPreTrainedModel,
@@ -35,7 +34,6 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.generation import GenerationMode
-from transformers.masking_utils import create_sliding_window_causal_mask
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
@@ -277,6 +275,11 @@ class LlamaTTTDecoderLayer(_LayerMixin, LlamaDecoderLayer):
     def __init__(self, config: LlamaTTTConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         self._use_fast_weights(config, layer_idx)
+        self.window = config.sliding_window
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """As the mixin's; kernels without a mask are told of the window, as Mistral's are."""
+        return super().forward(hidden_states, sliding_window=self.window, **kwargs)
 
 
 class LlamaTTTPreTrainedModel(_WeightsMixin, LlamaPreTrainedModel):
@@ -288,47 +291,9 @@ class LlamaTTTPreTrainedModel(_WeightsMixin, LlamaPreTrainedModel):
 
 
 class WindowedLlamaModel(LlamaModel):
-    """LLaMA's decoder with the window of its configuration, made as Mistral makes its own."""
+    """LLaMA's decoder with the window of its configuration, by which alone Mistral's differs."""
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the parent's."""
-        one_input = (input_ids is None) != (inputs_embeds is None)
-        if self.config.sliding_window is not None and one_input:
-            if inputs_embeds is None:
-                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=self.config)
-            if position_ids is None:
-                seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-                position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)
-                position_ids = (position_ids + seen)[None]
-            # the parent leaves a mask of four dimensions, or none that is needed, as it is
-            attention_mask = create_sliding_window_causal_mask(
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            kwargs["sliding_window"] = self.config.sliding_window  # for kernels without a mask
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+    forward = MistralModel.forward
 
 
 class LlamaTTTModel(_ModelMixin, LlamaTTTPreTrainedModel, WindowedLlamaModel):

@@ -171,7 +171,8 @@ def bake(
             written.
         ValueError: see :func:`read_text`; or a state is not finite.
     """
-    plain_config(HFFolder(source).config)  # before a long text is read
+    opened = HFFolder(source)
+    config = plain_config(opened.config)  # refused, if at all, before a long text is read
     states = read_text(backend, tokens, memory=memory)
     model = backend.model
     rule = next(iter(states.values())).rule
@@ -217,9 +218,10 @@ def bake(
         if state.state_BDF is not None
     }
     write_plain(
-        HFFolder(source),
+        opened,
         destination,
         matrices,
+        config=config,
         eta=rule.eta,
         shard_bytes=shard_bytes,
         check=compare,
@@ -232,6 +234,7 @@ def write_plain(
     destination: Path,
     matrices: Mapping[int, Tensor],
     *,
+    config: Mapping[str, Any],
     eta: float,
     shard_bytes: int,
     check: Callable[[Path], None],
@@ -242,6 +245,7 @@ def write_plain(
         source: of a model with fast weights.
         destination: folder; must not exist.
         matrices: ``S [D, F]`` by layer.
+        config: content of the new ``config.json``.
         eta: of the update rule.
         shard_bytes: largest file of weights.
         check: called with the finished folder before it becomes visible.
@@ -255,7 +259,6 @@ def write_plain(
         for name, stored in source.tensors.items()
         if ".ttt_" not in name
     ]
-    config = plain_config(source.config)
     shards = shards_of(pieces, shard_bytes)
     job = {
         "source": str(source.path.resolve()),

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
-from megatron_ttt.config.derived import ttt_layers
+from megatron_ttt.config.derived import eta_factor, ttt_layers
 from megatron_ttt.config.flops import training_flops
 from megatron_ttt.config.schema import Config
 from megatron_ttt.fast_weights.scale import squares, update_ratio
@@ -90,8 +90,6 @@ def gather_rows(
         )
     ]
     layers = ttt_layers(config)
-    if layers and config.train.eta_warmup_steps:
-        rows[-1]["ttt/eta"] = _eta(observations, config)
     for layer, ratio in zip(layers, known, strict=True) if observations.has_norms else ():
         rows[-1][f"ttt/update_ratio/layer_{layer:02d}"] = ratio
     if layers and config.parallel.cp > 1:
@@ -147,12 +145,9 @@ def update_ratios(
     *parts, slow = whole.split([*map(len, parts), len(weights)])
     most = torch.stack([part.max() for part in parts])
     first = layers.index(min(fast))  # the layers of a stage follow each other
-    ratios[first : first + len(parts)] = update_ratio(most, slow, eta=_eta(observations, config))
+    eta = observations.eta_factor * config.ttt.eta
+    ratios[first : first + len(parts)] = update_ratio(most, slow, eta=eta)
     return ratios
-
-
-def _eta(observations: Observations, config: Config) -> float:
-    return observations.eta_factor * config.ttt.eta
 
 
 def finite_grad_norm(optimizer: MegatronOptimizer) -> Callable[[], float]:
@@ -177,10 +172,14 @@ def _advice(what: str) -> str:
     return f"{what}; lower optimizer.lr or ttt.eta, or bound the updates with ttt.clip"
 
 
-def _target_rate(lr: float, config: Config) -> Row:
-    """Return the learning rate of the target generator where it has one of its own."""
-    factor = config.optimizer.target_lr_factor
-    return {"ttt/lr": factor * lr} if ttt_layers(config) and factor != 1 else {}
+def _rates(figures: StepFigures, config: Config) -> Row:
+    """Return the target generator's learning rate where it has its own, and eta where it rises."""
+    row: Row = {}
+    if ttt_layers(config) and config.optimizer.target_lr_factor != 1:
+        row["ttt/lr"] = config.optimizer.target_lr_factor * figures.lr
+    if ttt_layers(config) and config.train.eta_warmup_steps:
+        row["ttt/eta"] = eta_factor(config, figures.step) * config.ttt.eta
+    return row
 
 
 def _row(
@@ -197,7 +196,7 @@ def _row(
         "loss": loss,
         "grad_norm": figures.grad_norm,
         "lr": figures.lr,
-        **_target_rate(figures.lr, config),
+        **_rates(figures, config),
         "consumed_tokens": figures.consumed_tokens,
         "tokens_per_second": tokens / figures.seconds,
         "tflops_per_device": per_device,

@@ -82,6 +82,9 @@ class Trainer:
         """The learning rate of the next step; the target generator may have a multiple of it."""
         return float(self.scheduler.get_lr({}))
 
+    def _step(self, mode: TTTMode, **options: Any) -> ForwardStep:
+        return ForwardStep(self.config, self.ranks, scan=self.scan, mode=mode, **options)
+
     def train_step(
         self, data: Any, *, wants_norms: bool = True, eta_factor: float = 1.0
     ) -> tuple[Tensor, float, Observations]:
@@ -90,14 +93,7 @@ class Trainer:
         Raises:
             FloatingPointError: the gradient norm is not finite; no weight has changed.
         """
-        step = ForwardStep(
-            self.config,
-            self.ranks,
-            scan=self.scan,
-            mode=self.config.ttt.mode,
-            wants_norms=wants_norms,
-            eta_factor=eta_factor,
-        )
+        step = self._step(self.config.ttt.mode, wants_norms=wants_norms, eta_factor=eta_factor)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss_sums = run_micro_batches(
@@ -114,9 +110,7 @@ class Trainer:
     def validation_loss(self, data: Any, mode: TTTMode, eta_factor: float = 1.0) -> float:
         """Loss over ``validation.batches`` global batches with fast weights on or off."""
         self.model.eval()
-        step = ForwardStep(
-            self.config, self.ranks, scan=self.scan, mode=mode, eta_factor=eta_factor
-        )
+        step = self._step(mode, eta_factor=eta_factor)
         with torch.no_grad():
             loss_sums = run_micro_batches(
                 step,

@@ -9,9 +9,9 @@ from megatron_ttt.checkpoints import run_files as files
 from megatron_ttt.checkpoints.manifest import MANIFEST
 from megatron_ttt.checkpoints.progress import BEGINNING, Progress
 from megatron_ttt.config.faults import ConfigError, Fault
-from megatron_ttt.config.schema import Config
+from megatron_ttt.config.schema import HF_SCHEME, Config
 from megatron_ttt.conversion.loading import load_hf_weights
-from megatron_ttt.conversion.manifest import HF_SCHEME, check_start
+from megatron_ttt.conversion.manifest import check_start
 from megatron_ttt.files import sync_file
 from megatron_ttt.training import checkpoint
 from megatron_ttt.training.changes import check_changes

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_ttt.conversion.hf_folder import HFFolder
+from megatron_ttt.inference import baking
 from megatron_ttt.inference.baking import Distance, distance, plain_config, write_plain
 from tests.unit.hf.models import CHUNK, live_model
 from tools.bake import main
@@ -112,16 +113,40 @@ def test_any_engine_computes_what_the_model_remembers(
     assert torch.equal(weights[untouched], dict(model.named_parameters())[untouched])
 
 
+def test_llama_with_a_window_is_baked_as_mistral(baked: Callable[..., Any]) -> None:
+    model = live_model("llama", dtype=torch.float32, vocab_size=258, sliding_window=7)
+    report, out = baked(model)
+    assert report["frozen"]["largest"] < 1e-5 and report["frozen"]["divergence"] < 1e-9
+    config = json.loads((out / "config.json").read_text())
+    assert (config["model_type"], config["sliding_window"]) == ("mistral", 7)
+
+
+def test_what_no_plain_architecture_computes_is_refused_unread(
+    tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"vocab_size": 258, "sliding_window": 7, "attention_bias": True}
+    live_model("llama", dtype=torch.float32, **keys).save_pretrained(tmp_path / "exported")
+    monkeypatch.setattr(baking, "read_text", lambda *args, **more: pytest.fail("it was read"))
+    words = [*places(tmp_path / "exported", tmp_path / "baked"), "tokenizer=bytes", f"read={text}"]
+    capsys.readouterr()
+    assert main(words) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("model.sliding_window=7: no plain architecture has a window and biases")
+    assert not (tmp_path / "baked").exists()
+
+
 def test_the_sum_alone_is_rounded(tmp_path: Path) -> None:
     model = live_model(dtype=torch.float32, vocab_size=258)
     model.save_pretrained(tmp_path / "exported")
     name, eta = "model.layers.0.mlp.down_proj.weight", 0.3
     trained = dict(model.named_parameters())[name]
     matrix = torch.randn(trained.shape, generator=torch.Generator().manual_seed(3))
+    opened = HFFolder(tmp_path / "exported")
     write_plain(
-        HFFolder(tmp_path / "exported"),
+        opened,
         tmp_path / "baked",
         {0: matrix},
+        config=plain_config(opened.config),
         eta=eta,
         shard_bytes=1 << 30,
         check=lambda folder: None,
